@@ -1,0 +1,1 @@
+"""Configs that ship with SiDT; each opens with its command."""

@@ -1,0 +1,1 @@
+"""MMDetection's side of SiDT: the only package that imports mmdet, mmcv and mmengine."""

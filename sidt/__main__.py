@@ -1,0 +1,5 @@
+"""`python -m sidt`."""
+
+from sidt.cli import main
+
+main()

@@ -1,0 +1,205 @@
+"""The axis notation: which named dimensions the axes of a tensor are made of.
+
+A line gives one expression for each axis of a tensor, separated by commas::
+
+    heads qk + heads qk + heads v, embed      # attn.qkv.weight: [(H qk + H qk + H v), C]
+
+- Names side by side are a product: the axis is their row-major flattening, so ``heads qk`` has index
+  ``head * qk_size + unit``. A number is a product's unnamed factor: ``4 embed`` is four blocks of ``embed``.
+- ``+`` is concatenation.
+- ``_`` is an axis that is never searched; it has the size that the tensor has.
+- ``name!`` says that the name must stay whole, because statistics are taken over it here.
+- ``|`` separates whole alternatives; the one whose sizes fit the tensor is taken.
+- ``embed.{s-1}`` is the instance of ``embed`` with that index; ``{-1}`` is the last one. A bare name takes
+  the indices of the line it stands in.
+
+This module knows text, sizes and indices; it knows neither models nor files.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sidt.errors import InputError
+
+Array = npt.NDArray[np.int64]
+
+# A bound axis: a sum of products of dimension names and plain numbers.
+Term = tuple[str | int, ...]
+Axis = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One symbol of a parsed line: a number, ``_`` (both ``None``), or a name with index expressions."""
+
+    name: str | None = None
+    number: int | None = None
+    indices: tuple[str, ...] | None = None  # None: those of the line
+    fixed: bool = False
+
+
+ParsedAxis = tuple[tuple[Factor, ...], ...]
+ParsedLine = tuple[ParsedAxis, ...]
+
+_FACTOR = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<indices>(?:\.\{[^{}]+\})*)(?P<fixed>!?)")
+_INDEX = re.compile(r"(?:(?P<variable>[a-z])\s*)?(?P<offset>[+-]?\s*\d+)?")
+
+
+def _parse_factor(token: str, line: str) -> Factor:
+    if token == "_":
+        return Factor()
+    if token.isdecimal() and int(token) > 0:
+        return Factor(number=int(token))
+    match = _FACTOR.fullmatch(token)
+    if match is None:
+        raise InputError(f"cannot read {token!r} in the axes {line!r}; write a name, a number or _")
+    found = tuple(re.findall(r"\{([^{}]+)\}", match["indices"]))
+    return Factor(name=match["name"], indices=found or None, fixed=bool(match["fixed"]))
+
+
+def parse_line(line: str) -> tuple[ParsedLine, ...]:
+    """Parse one line into its alternatives, each a tuple with one entry per tensor axis.
+
+    Raises:
+        InputError: the line is not in the notation.
+    """
+    alternatives = []
+    for alternative in line.split("|"):
+        axes = []
+        for axis in alternative.split(","):
+            terms = tuple(tuple(_parse_factor(t, line) for t in term.split()) for term in axis.split("+"))
+            if not all(terms):
+                raise InputError(f"empty axis or term in the axes {line!r}; write _ for an axis that is not searched")
+            if axis.strip() != "_" and any(f == Factor() for term in terms for f in term):
+                raise InputError(f"_ must stand alone in its axis, but got {line!r}")
+            axes.append(terms)
+        alternatives.append(tuple(axes))
+    return tuple(alternatives)
+
+
+def evaluate_index(expression: str, variables: Mapping[str, int], last: int) -> int:
+    """Evaluate ``i``, ``i-1``, ``2`` or ``-1`` (counted from ``last``, as in Python) to an index.
+
+    Raises:
+        InputError: the expression is malformed, or names a variable that the line does not have.
+    """
+    match = _INDEX.fullmatch(expression.strip())
+    if match is None or not match.group():
+        raise InputError(f"cannot read the index {{{expression}}}; write a variable, a number, or {{i-1}}")
+    offset = int((match["offset"] or "0").replace(" ", ""))
+    if match["variable"] is None:
+        return offset if offset >= 0 else last + 1 + offset
+    if match["variable"] not in variables:
+        raise InputError(
+            f"the index {{{expression}}} uses a variable its line does not have; it has {sorted(variables)}"
+        )
+    return variables[match["variable"]] + offset
+
+
+def bind(axis: ParsedAxis, extent: int, resolve: Callable[[Factor], str]) -> Axis:
+    """Replace every name by the dimension it stands for, and ``_`` by the tensor's own ``extent``."""
+
+    def symbol(factor: Factor) -> str | int:
+        if factor.name is not None:
+            return resolve(factor)
+        return extent if factor.number is None else factor.number
+
+    return tuple(tuple(symbol(f) for f in term) for term in axis)
+
+
+def names(axis: Axis) -> set[str]:
+    """The dimensions that occur in an axis."""
+    return {s for term in axis for s in term if isinstance(s, str)}
+
+
+def term_size(term: Term, sizes: Mapping[str, int]) -> int:
+    """The number of entries of one product."""
+    size = 1
+    for symbol in term:
+        size *= symbol if isinstance(symbol, int) else sizes[symbol]
+    return size
+
+
+def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """The number of entries along an axis."""
+    return sum(term_size(term, sizes) for term in axis)
+
+
+def solve(axis: Axis, extent: int, sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    """Find the size of the one dimension of ``axis`` that ``sizes`` lacks.
+
+    Returns:
+        Its name and size; ``None`` when more than one is unknown, none is, or no whole positive size fits.
+    """
+    unknown = names(axis) - set(sizes)
+    if len(unknown) != 1:
+        return None
+    (name,) = unknown
+    known = slope = 0
+    for term in axis:
+        power = term.count(name)
+        if power > 1:
+            return None
+        rest = term_size(tuple(s for s in term if s != name), sizes)
+        known, slope = (known, slope + rest) if power else (known + rest, slope)
+    size, remainder = divmod(extent - known, slope)
+    return (name, size) if size > 0 and remainder == 0 else None
+
+
+def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array], per: Mapping[str, str]) -> Array:
+    """The positions along a tensor axis that stay when each dimension keeps only ``keep``.
+
+    Args:
+        axis: the axis of the tensor.
+        sizes: the dense size of each dimension.
+        keep: kept indices; shape [kept], or [kept parents, kept] for a dimension of ``per``.
+        per: the dimensions chosen separately for each unit of a parent, and their parent.
+
+    Returns:
+        Indices into the dense axis, shape [kept positions], in order.
+    """
+    parts, offset = [], 0
+    for term in axis:
+        index = np.zeros((1,) * len(term), dtype=np.int64)
+        for position, symbol in enumerate(term):
+            shape = [1] * len(term)
+            size = symbol if isinstance(symbol, int) else sizes[symbol]
+            parent = None if isinstance(symbol, int) else per.get(symbol)
+            if isinstance(symbol, int) or (parent is not None and parent not in term):
+                kept = np.arange(size)  # a name without its parent is one that must stay whole
+            else:
+                kept = keep[symbol]
+                if parent is not None:  # one row for each kept unit of the parent
+                    shape[term.index(parent)] = kept.shape[0]
+            shape[position] = kept.shape[-1]
+            index = index * size + kept.reshape(shape)
+        parts.append(index.reshape(-1) + offset)
+        offset += term_size(term, sizes)
+    return np.concatenate(parts)
+
+
+def views(
+    axis: Axis, sizes: Mapping[str, int], name: str, per: Mapping[str, str]
+) -> list[tuple[int, int, Sequence[int], tuple[int, ...]]]:
+    """Where one dimension lives along an axis, as views for a reduction.
+
+    Returns:
+        For each term that holds ``name``: start and end along the axis, the shape of that stretch as a
+        product, and the positions in the shape to keep (the parent of ``name``, if it has one, and ``name``);
+        all others are to be summed.
+    """
+    found: list[tuple[int, int, Sequence[int], tuple[int, ...]]] = []
+    offset = 0
+    for term in axis:
+        size = term_size(term, sizes)
+        # Without its parent, a dimension is one that must stay whole: no unit has a score of its own here.
+        if name in term and per.get(name, name) in term:
+            shape = [s if isinstance(s, int) else sizes[s] for s in term]
+            kept = (term.index(name),) if name not in per else (term.index(per[name]), term.index(name))
+            found.append((offset, offset + size, shape, kept))
+        offset += size
+    return found

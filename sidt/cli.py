@@ -1,0 +1,266 @@
+"""The command line: arguments in, functions called, text out. Imports happen inside commands, so that help is quick."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidt.errors import InputError
+
+if TYPE_CHECKING:
+    from sidt.pipeline import Run
+
+_SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
+_OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
+)
+_DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sidt")
+def cli() -> None:
+    """Make vision transformers smaller by searching their dimensions."""
+
+
+def _step(command: Any) -> Any:
+    """The arguments that every step of a run has."""
+    for decorate in (_DEVICE, _SET, _OUT, _SOURCE):
+        command = decorate(command)
+    return command
+
+
+def _open(
+    source: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    device: str | None,
+    values: Mapping[str, Any] | None = None,
+) -> "Run":
+    """The run that a step works on; options that were given become overrides of its config."""
+    import json
+
+    from sidt.pipeline import open_run
+
+    given = {**(values or {}), "device": device}
+    named = tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
+    return open_run(source, out, (*overrides, *named))
+
+
+def _do(step: Callable[["Run"], str], run: "Run") -> None:
+    """Do one step, say what it did, and keep the config that it was done with."""
+    from sidt.pipeline import remember
+
+    click.echo(step(run))
+    remember(run)
+
+
+@cli.command()
+@_step
+def train(**arguments: Any) -> None:
+    """Train the dense model, or take the weights that the config names."""
+    from sidt import pipeline
+
+    _do(pipeline.train, _open(**arguments))
+
+
+@cli.command()
+@_step
+def score(**arguments: Any) -> None:
+    """Score the importance of every unit."""
+    from sidt import pipeline
+
+    _do(pipeline.score, _open(**arguments))
+
+
+@cli.command()
+@_step
+@click.option(
+    "--budget.params",
+    "budget_params",
+    metavar="X",
+    help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
+)
+@click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
+@click.option("--trials", type=int, help="Finished trials in all.")
+@click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
+@click.option("--seed", type=int, help="Of Optuna's sampler.")
+@click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
+@click.option("--pareto", is_flag=True, default=None, help="Accuracy against multiply-adds, at or below the budget.")
+def search(
+    budget_params: str | None,
+    budget_macs: str | None,
+    trials: int | None,
+    timeout: float | None,
+    seed: int | None,
+    storage: str | None,
+    pareto: bool | None,
+    **arguments: Any,
+) -> None:
+    """Search the plan within the budget. Stop it with Ctrl-C; the same command goes on."""
+    from sidt import pipeline
+
+    values: dict[str, Any] = {
+        "search.trials": trials,
+        "search.timeout": timeout,
+        "search.storage": storage,
+        "search.pareto": pareto,
+        "seed": seed,
+    }
+    budget = {"params": _number(budget_params), "macs": _number(budget_macs)}
+    if any(bound is not None for bound in budget.values()):
+        values["budget"] = budget  # as a whole: a bound that the config has and the command has not is dropped
+    _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
+
+
+def _number(text: str | None) -> int | float | str | None:
+    """A number as YAML would read it; other text stays text, for the budget to judge."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@cli.command(name="slice")
+@_step
+def slice_(**arguments: Any) -> None:
+    """Slice the dense model by the plan."""
+    from sidt import pipeline
+
+    _do(pipeline.slice_, _open(**arguments))
+
+
+@cli.command()
+@_step
+def finetune(**arguments: Any) -> None:
+    """Train the sliced model further."""
+    from sidt import pipeline
+
+    _do(pipeline.finetune, _open(**arguments))
+
+
+@cli.command()
+@_step
+def evaluate(**arguments: Any) -> None:
+    """Top-1 on the test split, parameters, MACs and latency of the run's models."""
+    from sidt import pipeline
+
+    _do(pipeline.evaluate, _open(**arguments))
+
+
+@cli.command()
+@_step
+def report(**arguments: Any) -> None:
+    """Write report.md and its plots."""
+    from sidt import pipeline
+
+    _do(pipeline.write_report, _open(**arguments))
+
+
+@cli.command()
+@_step
+def run(**arguments: Any) -> None:
+    """All steps: train, score, search, slice, finetune, evaluate, report."""
+    from sidt import pipeline
+
+    pipeline.run_all(_open(**arguments), click.echo)
+
+
+@cli.command()
+@_OUT
+@_SET
+@_DEVICE
+def demo(**arguments: Any) -> None:
+    """The whole way on handwritten digits, with nothing to download: 40 % fewer parameters in minutes."""
+    from importlib import resources
+
+    from sidt import pipeline
+
+    with resources.as_file(resources.files("sidt.configs") / "classification" / "digits_vit.yaml") as config:
+        arguments["out"] = arguments["out"] or Path("runs") / "demo"
+        opened = _open(source=config, **arguments)
+    pipeline.run_all(opened, click.echo)
+    click.echo((opened.folder / "report.md").read_text(encoding="utf-8"))
+
+
+@cli.command()
+@click.argument("model", required=False)
+def spaces(model: str | None) -> None:
+    """List the families of backbones, or print the dimensions of a timm MODEL."""
+    if model is None:
+        from sidt.families import families
+        from sidt.report import table
+
+        rows = [[family.file.stem, name] for family in families() for name in family.models]
+        click.echo(table(["search space", "model class"], rows))
+        return
+    from sidt.checkpoint import create_model
+    from sidt.complexity import shares
+    from sidt.report import dimensions_table
+    from sidt.space import space_for
+
+    space = space_for(create_model(model, {}))
+    click.echo(dimensions_table(space, shares(space)))
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL|RUN|CONFIG")
+@click.option("--plan", type=click.Path(path_type=Path), help="A plan.json: dense beside sliced.")
+@click.option(
+    "--input",
+    "input_size",
+    metavar="3x224x224",
+    help="Channels x height x width; default: what the model was built for.",
+)
+@click.option("--by", type=click.Choice(["module", "block", "kind"]), default="block", show_default=True)
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "md", "csv", "latex", "json"]),
+    default="table",
+    show_default=True,
+)
+def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, style: Any) -> None:
+    """Parameters and multiply-adds of a timm MODEL, a RUN folder (with its plan), or a CONFIG's model."""
+    from sidt.pipeline import complexity_of
+    from sidt.report import complexity_text
+
+    dense, sliced = complexity_of(source, plan, _input_size(input_size), by)
+    click.echo(complexity_text(dense, sliced, style))
+
+
+def _input_size(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise InputError(f"--input is {text!r}; write channels x height x width, for example 3x224x224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one line on stderr and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except InputError as error:
+        _fail(" ".join(str(error).split()), 2)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped; what was finished is kept, and the same command goes on from there", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"sidt: {message}", err=True)
+    sys.exit(code)

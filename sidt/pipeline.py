@@ -1,0 +1,379 @@
+"""The steps of a run, each from files to files in a run folder, each re-runnable.
+
+::
+
+    train -> dense/            score -> scores.safetensors      search -> study.db, search/
+    slice -> sliced/           finetune -> config.json, plan.json, model.safetensors (the result, for sidt.load)
+    evaluate -> evaluation.json        report -> report.md, kept.png, search.png
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from sidt import importance as criteria
+from sidt import report as reporting
+from sidt.allocation import Rules
+from sidt.batches import make_loader
+from sidt.checkpoint import create_model, load, load_weights, save
+from sidt.complexity import ComplexityReport, Group, measure, report, time_forward
+from sidt.config import RunConfig, dump_config, read_config
+from sidt.data import Splits, load_data
+from sidt.devices import resolve_device
+from sidt.errors import InputError
+from sidt.evaluation import check_classes, correct, top1
+from sidt.files import read_json, write_json, write_text
+from sidt.importance import Importance, load_importance
+from sidt.plan import DimensionPlan, load_plan
+from sidt.space import DimensionSpace, space_for
+from sidt.study import search as optuna_search
+from sidt.surgery import slice_model
+from sidt.trace import InputSize
+from sidt.training import TrainConfig, fit
+
+# What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
+PLAN, SEARCH = "search/plan.json", "search/search.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the config of the run."""
+
+    folder: Path
+    config: RunConfig
+
+    @property
+    def device(self) -> str:
+        """The device of everything but a training that names its own."""
+        return str(resolve_device(self.config.device))
+
+
+def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = ()) -> Run:
+    """Open a run folder, or start one from a config.
+
+    Args:
+        source: a run folder, or a config file.
+        out: the run folder for a config; default: ``runs/<name of the config>``.
+        overrides: ``key=value`` texts; see :func:`sidt.config.read_config`.
+
+    Raises:
+        InputError: the source is neither, the config is wrong, or the folder cannot be written.
+    """
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise InputError(
+                f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
+            )
+        folder, config = source, read_config(source / "config.yaml", overrides)
+    elif source.is_file():
+        folder, config = out or Path("runs") / source.stem, read_config(source, overrides)
+    else:
+        raise InputError(f"{source} is neither a config file nor a run folder")
+    resolve_device(config.device)
+    run = Run(folder, config)
+    if source.is_file():
+        remember(run)
+    return run
+
+
+def remember(run: Run) -> None:
+    """Write the run's config to its folder. A step on a run folder does this once it has succeeded."""
+    write_text(run.folder / "config.yaml", dump_config(run.config))
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> str:
+    """Train the dense model, or take it with the weights it comes with."""
+    config, data = run.config, load_data(run.config.data)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model.name, config.model.args, pretrained=config.model.pretrained)
+    space_for(model)  # a model without a space is said now, not after training
+    if config.model.checkpoint is not None:
+        load_weights(model, config.model.checkpoint)
+    check_classes(model, len(data.classes))
+    if config.train is not None:
+        _fit(run, model, data, config.train, "train")
+    elif not config.model.pretrained and config.model.checkpoint is None:
+        raise InputError(
+            "the model has no weights: set train, model.checkpoint, or model.pretrained=true in the config"
+        )
+    save(model.cpu(), run.folder / "dense", name=config.model.name, args=config.model.args)
+    accuracy = _percent(top1(model, data.holdout, device=run.device))
+    return f"dense model: {accuracy} on held-out images -> {run.folder / 'dense'}"
+
+
+def score(run: Run) -> str:
+    """Score every unit of the dense model."""
+    model, config, begin = _dense(run), run.config.score, time.perf_counter()
+    space = space_for(model)
+    options = dict(config.options)
+    if config.method == "random":
+        options.setdefault("seed", run.config.seed)
+    arguments: tuple[Any, ...] = (model,)
+    if config.method not in ("random", "magnitude"):
+        images = _sample(load_data(run.config.data).calibration, config.images)
+        arguments = (model.to(run.device), make_loader(images, 64))
+    criterion: Callable[..., Importance] = getattr(criteria, config.method)
+    try:
+        found = criterion(*arguments, space=space, **options)
+    except TypeError as error:
+        raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
+    found.save(run.folder / "scores.safetensors")
+    return f"scores by {config.method} in {time.perf_counter() - begin:.0f} s -> {run.folder / 'scores.safetensors'}"
+
+
+def search(run: Run, say: Callable[[str], None]) -> str:
+    """Search the plan within the budget."""
+    model, config = _dense(run), run.config.search
+    space = space_for(model)
+    scores = load_importance(_existing(run, "scores.safetensors", "score"), space)
+    data = load_data(run.config.data)
+    held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
+
+    def objective(images: Dataset[Any]) -> Callable[[nn.Module], Any]:
+        return lambda small: correct(small, images, device=run.device)
+
+    begin = time.perf_counter()
+    dense = float(correct(model, held_out, device=run.device).mean())
+    once = time.perf_counter() - begin
+    cost = f"about {once:.1f} s each or less, {once * config.trials:.0f} s in all"
+    say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
+    rules = Rules(config.kinds, config.freeze, config.min_units, config.round_to)
+    result = optuna_search(
+        model,
+        scores,
+        run.config.budget.value(),
+        objective(held_out),
+        fresh=objective(data.fresh),
+        trials=config.trials,
+        timeout=config.timeout,
+        seed=run.config.seed,
+        rules=rules,
+        pareto=config.pareto,
+        storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
+        label=f"{run.config.data.model_dump_json()} {config.images}",
+    )
+    finished = [t for t in result.study.get_trials() if t.values is not None]
+    result.plan.save(run.folder / PLAN)
+    for number, (plan, _, _) in enumerate(result.front):
+        plan.save(run.folder / "search" / f"pareto-{number}.json")
+    gain = result.gain
+    write_json(
+        run.folder / SEARCH,
+        {
+            "budget": str(run.config.budget.value()),
+            "dense": dense,
+            "plain": result.plain_value,
+            "best": result.value,
+            "values": [t.values[0] for t in finished],
+            "gain": gain
+            and {
+                "plain": gain.plain,
+                "found": gain.found,
+                "error": gain.error,
+                "samples": gain.samples,
+                "says": str(gain),
+            },
+            "front": [{"top1": value, "macs": macs} for _, value, macs in result.front],
+        },
+    )
+    small, full = report(space, result.plan.sizes), report(space)
+    kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
+    return f"plan with {kept} after {len(finished)} trials; {gain} -> {run.folder / PLAN}"
+
+
+def slice_(run: Run) -> str:
+    """Slice the dense model by the plan."""
+    model = _dense(run)
+    small = slice_model(model, _plan(run, space_for(model)))
+    save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
+
+
+def finetune(run: Run) -> str:
+    """Train the sliced model further; the result is the run folder's own checkpoint."""
+    model = load(_existing(run, "sliced/config.json", "slice").parent)
+    data = load_data(run.config.data)
+    _fit(run, model, data, run.config.finetune, "finetune")
+    save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
+    return f"fine-tuned: {_percent(top1(model, data.holdout, device=run.device))} on held-out images -> {run.folder}"
+
+
+def evaluate(run: Run) -> str:
+    """Top-1 on the test split, parameters, multiply-adds and latency of the models that are there."""
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    there = {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
+    if not there:
+        raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
+    _check_one_plan(run)
+    test, rows = load_data(run.config.data).test, {}
+    for name, folder in there.items():
+        model = load(folder).to(run.device)
+        counted = measure(model)
+        hits = correct(model, test, device=run.device)
+        rows[name] = {
+            "top1": float(hits.mean()),
+            "error": float(hits.std() / np.sqrt(len(hits))),
+            "images": len(hits),
+            "params": counted.params,
+            "macs": counted.macs,
+            "latency_ms": time_forward(model, counted.input_size, seconds=0.5),
+            "device": run.device,
+        }
+    write_json(run.folder / "evaluation.json", rows)
+    return _results_table(rows)
+
+
+def write_report(run: Run) -> str:
+    """Write ``report.md`` and its plots from what the other steps left."""
+    model = _dense(run)
+    space = space_for(model)
+    plan, search_result = _plan(run, space), read_json(_existing(run, SEARCH, "search"))
+    rows = read_json(_existing(run, "evaluation.json", "evaluate"))
+    _check_one_plan(run)
+    reporting.plot_kept(plan, run.folder / "kept.png")
+    front = search_result["front"]
+    if front:
+        reporting.plot_front([(point["top1"], point["macs"]) for point in front], run.folder / "search.png")
+    else:
+        reporting.plot_search(
+            search_result["values"], search_result["plain"], search_result["dense"], run.folder / "search.png"
+        )
+    costs = reporting.complexity_text(report(space, by="block"), report(space, plan.sizes, by="block"), "md")
+    gain = search_result["gain"]
+    text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}
+
+{_results_table(rows, "md")}
+
+Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
+
+Search: {len(search_result["values"])} trials; {gain["says"]}.
+
+![units kept](kept.png)
+
+![search](search.png)
+
+{costs}
+"""
+    write_text(run.folder / "report.md", text)
+    return f"report -> {run.folder / 'report.md'}"
+
+
+def run_all(run: Run, say: Callable[[str], None]) -> None:
+    """All steps in order. Training and search go on from where they were stopped."""
+    for step in (train, score):
+        say(step(run))
+    say(search(run, say))
+    for step in (slice_, finetune, evaluate, write_report):
+        say(step(run))
+
+
+# --- what the steps share -----------------------------------------------------------------------------------------
+
+
+def _existing(run: Run, name: str, step: str) -> Path:
+    path = run.folder / name
+    if not path.exists():
+        raise InputError(f"{path} is not there; run `sidt {step} {run.folder}` first")
+    return path
+
+
+def _dense(run: Run) -> nn.Module:
+    return load(_existing(run, "dense/config.json", "train").parent)
+
+
+def _plan(run: Run, space: DimensionSpace) -> DimensionPlan:
+    return load_plan(_existing(run, PLAN, "search"), space)
+
+
+def _check_one_plan(run: Run) -> None:
+    """After another search, what was sliced and fine-tuned before is not its result."""
+    for name, step in (("sliced/plan.json", "slice"), ("plan.json", "finetune")):
+        path = run.folder / name
+        if path.exists() and (run.folder / PLAN).exists() and read_json(path) != read_json(run.folder / PLAN):
+            raise InputError(
+                f"{path} is of another plan than {run.folder / PLAN}; run `sidt {step} {run.folder}` again"
+            )
+
+
+def _sample(data: Dataset[Any], count: int) -> Subset[Any]:
+    """The same ``count`` samples every time, drawn from all of the data; all of it if there are fewer."""
+    order = np.random.default_rng(0).permutation(len(data))  # type: ignore[arg-type]
+    return Subset(data, order[:count].tolist())
+
+
+def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str) -> None:
+    """Train with a resumable state that belongs to this config and these starting weights."""
+    if config.device == "auto":
+        config = config.model_copy(update={"device": run.device})
+    digest = hashlib.sha256((config.model_dump_json() + run.config.data.model_dump_json()).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    states = run.folder / "states"
+    own = states / f"{step}-{digest.hexdigest()[:12]}"
+    for old in states.glob(f"{step}-*"):
+        if old != own:
+            shutil.rmtree(old)
+    history = fit(model, data.train, config, val=data.holdout, folder=own, label=step)
+    write_json(run.folder / f"{step}.json", history)
+
+
+def _results_table(rows: dict[str, Any], style: reporting.Format = "table") -> str:
+    headers = ["model", "top-1", "params", "MACs", "latency (ms)"]
+    cells = [
+        [
+            name,
+            f"{_percent(r['top1'])} +- {100 * r['error']:.2f}",
+            r["params"],
+            r["macs"],
+            f"{r['latency_ms']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
+    return reporting.table(headers, cells, style)
+
+
+def _percent(part: float) -> str:
+    return f"{part:.2%}"
+
+
+# --- complexity of anything that names a model --------------------------------------------------------------------
+
+
+def complexity_of(
+    source: str, plan: Path | None, input_size: InputSize | None, by: Group
+) -> tuple[ComplexityReport, ComplexityReport | None]:
+    """The complexity of a timm model, a run folder, a checkpoint folder or a config, dense and sliced by a plan.
+
+    Raises:
+        InputError: the source names no model, or the plan is for another one.
+    """
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        config = read_config(path / "config.yaml").model
+        model = create_model(config.name, config.args)
+        plan = plan or (path / PLAN if (path / PLAN).is_file() else None)
+    elif (path / "config.json").is_file():
+        model = load(path)
+    elif path.is_file():
+        config = read_config(path).model
+        model = create_model(config.name, config.args)
+    elif path.exists():
+        raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
+    else:
+        model = create_model(source, {})
+    space = space_for(model, input_size)
+    dense = report(space, by=by)
+    return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)

@@ -1,0 +1,117 @@
+"""Surgery: a plan applied to a model, as a smaller dense model or as a mask."""
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sidt.attention import take_sizes
+from sidt.axes import Axis, axis_size, kept_indices
+from sidt.errors import InputError
+from sidt.plan import DimensionPlan
+from sidt.space import DimensionSpace, get_attribute
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def slice_model(model: Model, plan: DimensionPlan) -> Model:
+    """A smaller dense model that has only the units of the plan. The given model is not changed.
+
+    Layers stay timm's and torch's own; only an attention whose forward cannot take the sizes gets another.
+    The attention scale stays that of the dense model. The plan is kept as ``sidt_plan`` for
+    :func:`sidt.save`; slicing a sliced model composes the plans.
+
+    Raises:
+        InputError: the plan was made for a model of other tensors, or an attention cannot take its sizes.
+    """
+    space = plan.space
+    _check_fits(model, space)
+    sliced = copy.deepcopy(model)
+    for name, place in space.places.items():
+        owner, _, leaf = name.rpartition(".")
+        module = sliced.get_submodule(owner)
+        tensor = getattr(module, leaf).detach()
+        for dim, axis in enumerate(place.axes):
+            kept = torch.from_numpy(kept_indices(axis, space.sizes, plan.keep, space.per))
+            if len(kept) < tensor.shape[dim]:
+                tensor = tensor.index_select(dim, kept.to(tensor.device))
+        if tensor.shape == getattr(module, leaf).shape:
+            continue
+        if place.is_buffer:
+            setattr(module, leaf, tensor)
+        else:
+            setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(module, leaf).requires_grad))
+        _follow(module)
+    sizes = plan.sizes
+    for path, axis in space.attributes.items():
+        _set_attribute(sliced, path, axis_size(axis, sizes))
+    for heads, owner in space.attention.items():
+        names = (heads, _child(space, heads, "qk"), _child(space, heads, "v"))
+        pruned = any(sizes[n] < space.sizes[n] for n in names)
+        take_sizes(sliced.get_submodule(owner), *(sizes[n] for n in names), pruned=pruned)
+    earlier = getattr(model, "sidt_plan", None)
+    sliced.sidt_plan = plan if earlier is None else earlier.then(plan)  # type: ignore[assignment]
+    return sliced
+
+
+def mask_model(model: Model, plan: DimensionPlan) -> Model:
+    """A copy of the model in which every unit that the plan drops is zero in every place.
+
+    For heads, qk, v and mlp its output is that of the sliced model. For width it is not: the statistics of a
+    LayerNorm count the zeros.
+    """
+    _check_fits(model, plan.space)
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, place in plan.space.places.items():
+            tensor = masked.get_parameter(name) if not place.is_buffer else masked.get_buffer(name)
+            for dim, mask in enumerate(_masks(place.axes, plan)):
+                tensor.mul_(mask.to(tensor).view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
+    return masked
+
+
+def _masks(tensor_axes: tuple[Axis, ...], plan: DimensionPlan) -> list[Tensor]:
+    space, masks = plan.space, []
+    for axis in tensor_axes:
+        mask = torch.zeros(axis_size(axis, space.sizes))
+        mask[torch.from_numpy(kept_indices(axis, space.sizes, plan.keep, space.per))] = 1
+        masks.append(mask)
+    return masks
+
+
+def _check_fits(model: nn.Module, space: DimensionSpace) -> None:
+    tensors: Mapping[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, place in space.places.items():
+        expected = [axis_size(axis, space.sizes) for axis in place.axes]
+        seen = list(tensors[name].shape) if name in tensors else None
+        if seen != expected:
+            found = "is not in the model" if seen is None else f"has shape {seen} in the model"
+            raise InputError(f"the plan is for another model: {name} {found}, the plan expects {expected}")
+
+
+def _child(space: DimensionSpace, heads: str, kind: str) -> str:
+    return next(d.name for d in space.dimensions.values() if d.per == heads and d.kind == kind)
+
+
+def _follow(module: nn.Module) -> None:
+    """Bring the sizes that torch's own layers repeat in step with their weights."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        depthwise = module.groups == module.in_channels and module.groups > 1
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif hasattr(module, "normalized_shape"):  # LayerNorm and RMSNorm, torch's and timm's
+        module.normalized_shape = tuple(module.get_parameter("weight").shape)  # type: ignore[assignment]
+
+
+def _set_attribute(model: nn.Module, path: str, value: int) -> None:
+    owner, _, leaf = path.rpartition(".")
+    target = get_attribute(model, owner) if owner else model
+    if isinstance(target, dict):
+        target[leaf] = value
+    else:
+        setattr(target, leaf, value)

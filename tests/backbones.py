@@ -1,0 +1,110 @@
+"""The backbones that the suites run over, and random plans for them."""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import timm
+import torch
+from timm.layers import LayerNorm, SwiGLU
+from timm.layers.attention import Attention
+from torch import nn
+
+from sidt.families import KINDS
+from sidt.plan import DimensionPlan
+from sidt.space import DimensionSpace, space_for
+from sidt.trace import InputSize
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One timm model, built small; ``gated`` gives its attentions timm's output gate, which no name has."""
+
+    name: str
+    kwargs: dict = field(default_factory=dict, hash=False)
+    input_size: InputSize | None = None
+    label: str = ""
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.name, self.label)))
+
+    def build(self, *, seed: int = 0) -> nn.Module:
+        """A model of its own, in eval mode."""
+        torch.manual_seed(seed)
+        model = timm.create_model(self.name, num_classes=10, **self.kwargs)
+        if self.gated:
+            for block in model.blocks:
+                block.attn = Attention(model.embed_dim, block.attn.num_heads, qkv_bias=True, gated=True)
+        return shake(model).eval()
+
+    def images(self, batch: int = 2) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(batch, *dense(self)[1].trace.input_size, generator=generator)
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Move every parameter off its trivial start, so that biases, norms, layer scales and tables matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=1.2 / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.5 + 0.5 * torch.rand_like(parameter))
+    return model
+
+
+@cache
+def dense(backbone: Backbone) -> tuple[nn.Module, DimensionSpace]:
+    """A shared model with its space; surgery is out of place, so nothing may change it."""
+    model = backbone.build()
+    return model, space_for(model, backbone.input_size)
+
+
+def random_plan(space: DimensionSpace, seed: int, kinds=KINDS) -> DimensionPlan:
+    """Every dimension of ``kinds`` loses units where it can (width, at most half), and qk differs from v."""
+    rng = np.random.default_rng(seed)
+    keep: dict[str, np.ndarray] = {}
+    for name, dimension in space.dimensions.items():
+        if dimension.kind not in kinds or dimension.fixed:
+            continue
+        least = (dimension.size + 1) // 2 if dimension.kind == "width" else 1
+        choices = list(range(least, dimension.size)) or [dimension.size]
+        if dimension.kind == "v":
+            qk = np.shape(keep.get(name.replace("v", "qk", 1)))[-1:]
+            choices = [c for c in choices if (c,) != qk] or choices
+        count = int(rng.choice(choices))
+        if dimension.per is None:
+            keep[name] = rng.permutation(dimension.size)[:count]
+        else:
+            parents = len(keep.get(dimension.per, range(space.sizes[dimension.per])))
+            keep[name] = np.stack([rng.permutation(dimension.size)[:count] for _ in range(parents)])
+    return DimensionPlan(space, keep)
+
+
+VIT = {"depth": 2, "img_size": 64}
+DINO = {"depth": 2, "img_size": 56}
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
+BACKBONES = (
+    Backbone("vit_tiny_patch16_224", VIT),
+    Backbone("deit_tiny_patch16_224", VIT),
+    Backbone("deit_tiny_distilled_patch16_224", VIT),
+    Backbone("deit3_small_patch16_224", VIT),  # LayerScale
+    Backbone("vit_base_patch16_clip_224", VIT),  # pre-norm
+    Backbone("vit_small_patch14_dinov2", DINO),
+    Backbone("vit_small_patch14_reg4_dinov2", DINO),  # register tokens
+    Backbone("vit_giant_patch14_dinov2", SMALL | {"img_size": 28, "mlp_ratio": 4}),  # packed SwiGLU
+    Backbone("vit_tiny_patch16_224", VIT | {"mlp_layer": SwiGLU}, label="swiglu"),
+    Backbone("vit_tiny_patch16_224", VIT | {"qk_norm": True}, label="qk_norm"),
+    Backbone("vit_tiny_patch16_224", VIT, label="gated", gated=True),
+    Backbone("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "embed_norm_layer": LayerNorm}, label="avg"),
+    Backbone("beit3_base_patch16_224", VIT | SMALL),  # norms inside attention and MLP
+    Backbone("aimv2_large_patch14_224", DINO | SMALL),  # RmsNorm, no biases
+    Backbone("swin_tiny_patch4_window7_224", {"depths": (1, 2, 2, 1), "img_size": 112, "embed_dim": 48}),
+    Backbone("swinv2_tiny_window8_256", {"depths": (1, 2, 2, 1), "img_size": 128, "embed_dim": 48}),
+    Backbone("pvt_v2_b0", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),
+    Backbone("pvt_v2_b2_li", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),  # linear attention
+)
+VIT_TINY = BACKBONES[0]
+DISTILLED = BACKBONES[2]
+SWIN, SWIN_V2, PVT = BACKBONES[-4:-1]

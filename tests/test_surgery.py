@@ -1,0 +1,222 @@
+"""Surgery beyond what the conformance suite asks of every backbone: what is kept, shared, refused."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from backbones import BACKBONES, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan, shake
+from timm.layers.attention import Attention
+from timm.models.swin_transformer import WindowAttention
+from torch import nn
+from torch.testing import assert_close
+
+from sidt.families import INNER_KINDS, KINDS
+from sidt.plan import DimensionPlan
+from sidt.space import space_for
+from sidt.surgery import mask_model, slice_model
+
+ONE_EACH = pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, SWIN_V2, PVT], ids=str)
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [m for name, m in model.named_modules() if name.endswith(".attn")]
+
+
+@torch.no_grad()
+def run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model(images)
+
+
+def random_slice(backbone, kinds=KINDS):
+    model, space = dense(backbone)
+    return slice_model(model, random_plan(space, 0, kinds))
+
+
+@ONE_EACH
+@pytest.mark.parametrize("cut", [slice_model, mask_model])
+def test_the_given_model_is_not_touched(backbone, cut):
+    model = backbone.build().train()
+    before = copy.deepcopy(model)
+    result = cut(model, random_plan(space_for(model, backbone.input_size), 0))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    assert str(model) == str(before) and not hasattr(model, "sidt_plan")
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    assert not storages & {t.untyped_storage().data_ptr() for t in [*result.parameters(), *result.buffers()]}
+    assert result.training and all(m.training for m in result.modules())
+
+
+@ONE_EACH
+def test_names_and_order_of_the_state_dict_stay(backbone):
+    assert list(random_slice(backbone).state_dict()) == list(dense(backbone)[0].state_dict())
+
+
+def test_the_attention_scale_is_that_of_the_dense_model():
+    for backbone in (VIT_TINY, SWIN, PVT):
+        scales = [
+            (a.scale, b.scale)
+            for a, b in zip(*map(attentions, (dense(backbone)[0], random_slice(backbone))), strict=True)
+        ]
+        assert all(before == after for before, after in scales)
+
+
+def test_a_scale_of_the_new_size_would_be_wrong():
+    model, space = dense(VIT_TINY)
+    plan = random_plan(space, 0, ("qk",))
+    sliced, masked, images = slice_model(model, plan), mask_model(model, plan), VIT_TINY.images()
+    assert_close(run(sliced, images), run(masked, images), rtol=1e-5, atol=1e-5)
+    for attention in attentions(sliced):
+        attention.scale = attention.head_dim**-0.5
+    assert (run(sliced, images) - run(masked, images)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kinds", [("heads",), ("mlp",), ("width",), ("heads", "mlp", "width")], ids="-".join)
+@pytest.mark.parametrize(("backbone", "plain"), [(VIT_TINY, Attention), (SWIN, WindowAttention)], ids=str)
+def test_plain_timm_modules_stay_where_they_take_the_sizes(backbone, plain, kinds):
+    sliced = random_slice(backbone, kinds)
+    assert {type(m) for m in sliced.modules()} == {type(m) for m in dense(backbone)[0].modules()}
+    assert {type(a) for a in attentions(sliced)} == {plain}
+
+
+@ONE_EACH
+def test_plain_timm_modules_stay_for_the_mlp_everywhere(backbone):
+    sliced, model = random_slice(backbone, ("mlp",)), dense(backbone)[0]
+    assert [type(m) for m in sliced.modules()] == [type(m) for m in model.modules()]
+
+
+@ONE_EACH
+def test_other_attentions_add_nothing(backbone):
+    for before, after in zip(*map(attentions, (dense(backbone)[0], random_slice(backbone, INNER_KINDS))), strict=True):
+        assert type(after) is not type(before) and isinstance(after, type(before))
+        assert [*after.state_dict()] == [*before.state_dict()] and vars(after).keys() == vars(before).keys()
+
+
+@ONE_EACH
+def test_copies_and_casts(backbone):
+    sliced, images = random_slice(backbone), backbone.images()
+    expected = run(sliced, images)
+    assert torch.equal(run(copy.deepcopy(sliced), images), expected)
+    assert_close(run(copy.deepcopy(sliced).to(torch.float64), images.double()), expected.double(), rtol=1e-4, atol=1e-4)
+    rounded = run(copy.deepcopy(sliced).to(torch.bfloat16), images.bfloat16())
+    assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
+    assert (rounded.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_half_precision_model_is_sliced_in_its_own_type():
+    model = VIT_TINY.build().half()
+    sliced = slice_model(model, random_plan(space_for(model), 0))
+    assert {p.dtype for p in sliced.parameters()} == {torch.float16}
+
+
+def test_attributes_follow_the_vit():
+    model, space = dense(VIT_TINY)
+    plan = DimensionPlan(space, {"embed": range(100), "heads.1": [0, 2], "qk.1": [range(5)] * 2, "v.1": [range(9)] * 2})
+    sliced = slice_model(model, plan)
+    first, second = attentions(sliced)
+    assert [first.num_heads, first.head_dim, first.attn_dim] == [3, 64, 192]
+    assert [second.num_heads, second.head_dim, second.attn_dim] == [2, 5, 18]
+    assert sliced.embed_dim == sliced.num_features == sliced.head_hidden_size == 100
+    assert sliced.feature_info[1]["num_chs"] == 100 and model.feature_info[1]["num_chs"] == 192
+    assert (second.qkv.in_features, second.qkv.out_features) == (100, 2 * (5 + 5 + 9))
+    assert (second.proj.in_features, second.proj.out_features) == (18, 100)
+    assert sliced.norm.normalized_shape == (100,) and sliced.patch_embed.proj.out_channels == 100
+
+
+@ONE_EACH
+def test_every_layer_says_its_true_size(backbone):
+    for module in random_slice(backbone).modules():
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.LayerNorm):
+            assert module.normalized_shape == module.weight.shape
+
+
+@ONE_EACH
+def test_heads_and_features_of_the_sliced_model(backbone):
+    sliced, images = random_slice(backbone), backbone.images()
+    sizes = sliced.sidt_plan.sizes
+    widths = [s for n, s in sizes.items() if n.startswith("embed")]
+    final, intermediates = sliced.forward_intermediates(images)
+    assert sliced.num_features == widths[-1] in final.shape
+    channels = [f.shape[1] for f in intermediates]
+    assert channels == [info["num_chs"] for info in sliced.feature_info]
+    assert channels == (widths if len(widths) > 1 else widths * len(channels))
+    assert torch.equal(sliced.forward_head(sliced.forward_features(images)), sliced(images))
+    fresh = copy.deepcopy(sliced)
+    fresh.reset_classifier(7)
+    assert run(fresh, images).shape == (2, 7)
+
+
+def test_an_attention_of_an_unknown_class(refused):
+    class Mine(Attention):
+        pass
+
+    model = VIT_TINY.build()
+    space = space_for(model)
+    model.blocks[1].attn.__class__ = Mine
+    with refused("Mine", "sidt/attention.py", "mlp and width"):
+        slice_model(model, random_plan(space, 0, ("heads",)))
+    sliced = slice_model(model, random_plan(space, 0, ("mlp", "width")))  # as the message says
+    assert type(sliced.blocks[1].attn) is Mine and run(sliced, VIT_TINY.images()).isfinite().all()
+
+
+@pytest.mark.parametrize("cut", [slice_model, mask_model])
+def test_a_plan_for_another_model(cut, refused):
+    plan = random_plan(dense(VIT_TINY)[1], 0)
+    with refused("another model", "cls_token", "[1, 1, 384]", "[1, 1, 192]"):
+        cut(dense(BACKBONES[3])[0], plan)
+    with refused("another model", "cls_token", "not in the model"):
+        cut(dense(SWIN)[0], plan)
+    with refused("another model"):
+        cut(slice_model(dense(VIT_TINY)[0], plan), plan)
+
+
+def test_what_is_frozen_stays_frozen():
+    model = VIT_TINY.build()
+    model.requires_grad_(False)
+    model.blocks[0].mlp.requires_grad_(True)
+    sliced = slice_model(model, random_plan(space_for(model), 0))
+    assert [p.requires_grad for p in sliced.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "pvt_v2_b0"]
+)
+def test_dropout_of_attention_weights(name):
+    small = {"depth": 1} if "vit" in name else {"depths": (1, 1, 1, 1)}
+    size = (3, 64, 64) if "pvt" in name else None
+    model = shake(timm.create_model(name, num_classes=10, attn_drop_rate=0.5, **small))
+    space = space_for(model, size)
+    sliced, images = slice_model(model, random_plan(space, 0)), torch.randn(1, *space.trace.input_size)
+    sliced.train()
+    first, second = sliced(images), sliced(images)
+    assert not torch.equal(first, second)
+    first.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in sliced.parameters())
+    sliced.eval()
+    assert torch.equal(sliced(images), sliced(images))
+
+
+def compiled_is_eager(sliced: nn.Module, images: torch.Tensor, backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(sliced, backend=backend, fullgraph=True)
+    assert_close(run(compiled, images), run(sliced, images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@ONE_EACH
+def test_it_is_captured_by_torch_compile(backbone):
+    compiled_is_eager(random_slice(backbone), backbone.images(), "eager")
+
+
+@pytest.mark.slow  # a C++ compiler runs for a minute
+def test_it_is_compiled_by_torch_compile():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=10).eval()
+    sliced = slice_model(model, random_plan(space_for(model), 0))
+    compiled_is_eager(sliced, torch.randn(2, 3, 32, 32), "inductor")
