@@ -87,6 +87,32 @@ def allocate(
     return state.plan()
 
 
+def uniform(space: DimensionSpace, budget: Budget) -> DimensionPlan:
+    """The plan that shrinks q/k, v and MLP sizes alike, by the same factor, as little as a budget asks for.
+
+    No score is needed: it keeps the first units, so only its sizes mean something.
+
+    Raises:
+        InputError: the budget cannot be met in this way.
+    """
+    costs = PlanCosts(space)
+    limits = budget.bounds(*(int(c) for c in costs.dense))
+    dense = np.array([d.size for d in space.dimensions.values()], dtype=np.int64)
+    alike = np.array([d.kind in ("qk", "v", "mlp") and not d.fixed for d in space.dimensions.values()])
+    factors = np.linspace(0, 1, 4097)[:, None]
+    sizes = np.where(alike, np.maximum(np.floor(factors * dense + 1e-9), 1), dense).astype(np.int64)
+    used = costs.of(sizes)
+    fits = np.all([used[:, k] <= limit for k, limit in enumerate(limits) if limit is not None], axis=0)
+    if not fits.any():
+        raise InputError(f"the budget {budget} cannot be met by q/k, v and MLP sizes that shrink alike; allocate() may")
+    chosen = sizes[np.flatnonzero(fits)[-1]]
+    keep: dict[str, Array] = {}
+    for dimension, size in zip(space.dimensions.values(), chosen, strict=True):
+        rows = () if dimension.per is None else (space.dimensions[dimension.per].size, 1)
+        keep[dimension.name] = np.tile(np.arange(size), rows) if rows else np.arange(size)
+    return DimensionPlan(space, keep)
+
+
 def _next_size(size: int, rules: Rules, kind: Kind) -> int:
     """The next smaller size that the rules allow; ``size`` itself at the least one."""
     step = 1 if kind == "heads" else rules.round_to

@@ -3,9 +3,14 @@
 timm's attentions derive every size from one head size, and the fused kernel takes its scale from the q size
 it sees. These subclasses read the sizes from the weights and pass on the scale of the dense model. They add
 no parameter and keep every name, so state dicts are those of the plain modules.
+
+A search-space file whose attention is not timm's names the module that has its ``FORWARDS``.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +20,21 @@ from timm.models.swin_transformer import WindowAttention as SwinAttention
 from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from torch import Tensor, nn
 
-from sidt.errors import InputError
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward of an attention class for any sizes.
+
+    Attributes:
+        sliced: the subclass that has it. Only a module's class is changed, so it has no ``__init__`` of its own.
+        takes: whether the plain class's own forward is right for a module with sliced weights, given its heads,
+            q/k size and v size.
+        scale: the scale of a dense module, kept as its attribute ``scale`` if the plain class has none.
+    """
+
+    sliced: type[nn.Module]
+    takes: Callable[[Any, int, int, int], bool]
+    scale: Callable[[Any], float] | None = None
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -23,7 +42,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
-def _split(qkv: Tensor, num_heads: int, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(qkv: Tensor, num_heads: int, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 2 * heads * qk + heads * v] -> q, k of [B, heads, N, qk] and v of [B, heads, N, v]."""
     qk_width = (qkv.shape[-1] - v_width) // 2
     q, k, v = torch.split(qkv, [qk_width, qk_width, v_width], dim=-1)
@@ -36,7 +55,7 @@ class SlicedVitAttention(VitAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = _split(self.qkv(x), self.num_heads, self.proj.in_features)
+        q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         drop = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(
             self.q_norm(q), self.k_norm(k), v, attn_mask, drop, is_causal, scale=self.scale
@@ -52,7 +71,7 @@ class SlicedSwinAttention(SwinAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[windows * B, N, C] -> the same; mask is [windows, N, N] or ``None``."""
-        q, k, v = _split(self.qkv(x), self.num_heads, self.proj.in_features)
+        q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         bias = self._get_rel_pos_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
@@ -69,7 +88,7 @@ class SlicedSwinV2Attention(SwinV2Attention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[windows * B, N, C] -> the same; mask is [windows, N, N] or ``None``."""
         bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])  # type: ignore[list-item]
-        q, k, v = _split(F.linear(x, self.qkv.weight, bias), self.num_heads, self.proj.in_features)
+        q, k, v = split_qkv(F.linear(x, self.qkv.weight, bias), self.num_heads, self.proj.in_features)
         q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
         table = self.cpb_mlp(self.relative_coords_table).reshape(-1, self.num_heads)
         area = self.window_size[0] * self.window_size[1]
@@ -102,49 +121,23 @@ class SlicedPvtV2Attention(PvtV2Attention):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
-_SLICED: dict[type[nn.Module], type[nn.Module]] = {
-    VitAttention: SlicedVitAttention,
-    SwinAttention: SlicedSwinAttention,
-    SwinV2Attention: SlicedSwinV2Attention,
-    PvtV2Attention: SlicedPvtV2Attention,
+def _scale_is_of(module: Any, heads: int, qk: int, v: int) -> bool:
+    """Takes any number of heads, if q/k and v have one size and it is the one that the scale is of."""
+    return bool(qk == v and module.scale == qk**-0.5)
+
+
+def fills_the_width(module: Any, heads: int, qk: int, v: int) -> bool:
+    """Takes heads of one size that together have the width."""
+    return bool(qk == v and heads * v == module.proj.out_features)
+
+
+def _fills_the_width_at_scale(module: Any, heads: int, qk: int, v: int) -> bool:
+    return fills_the_width(module, heads, qk, v) and _scale_is_of(module, heads, qk, v)
+
+
+FORWARDS: dict[type[nn.Module], Forward] = {
+    VitAttention: Forward(SlicedVitAttention, _scale_is_of),
+    SwinAttention: Forward(SlicedSwinAttention, _scale_is_of),
+    SwinV2Attention: Forward(SlicedSwinV2Attention, fills_the_width),  # cosine attention: its scale is learned
+    PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
 }
-
-
-def _plain_takes(module: nn.Module, heads: int, qk: int, v: int) -> bool:
-    """Whether timm's own forward is right for these sizes: one head size, and the scale is its own."""
-    if qk != v:
-        return False
-    if isinstance(module, VitAttention | SwinAttention):
-        return bool(module.scale == qk**-0.5)
-    return (
-        isinstance(module.proj, nn.Linear)
-        and heads * v == module.proj.out_features
-        and qk**-0.5 == getattr(module, "scale", qk**-0.5)
-    )
-
-
-def take_sizes(module: nn.Module, heads: int, qk: int, v: int, *, pruned: bool) -> None:
-    """Give an attention module, whose weights are already sliced, a forward that takes its sizes.
-
-    Args:
-        module: the attention.
-        heads: how many heads it has now.
-        qk: the size of q and k in each head.
-        v: the size of v in each head.
-        pruned: whether any of the three is smaller than before; if none is, any class will do.
-
-    Raises:
-        InputError: there is no such forward for the module's class.
-    """
-    if type(module) in _SLICED.values() or (type(module) in _SLICED and _plain_takes(module, heads, qk, v)):
-        return
-    if type(module) not in _SLICED:
-        if not pruned:
-            return
-        name = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise InputError(
-            f"no attention forward takes pruned sizes for {name}; add one to sidt/attention.py, "
-            f"or search only mlp and width"
-        )
-    # The class changes and nothing else: weights, names, hooks and scale stay as they are.
-    module.__class__ = _SLICED[type(module)]

@@ -4,7 +4,7 @@
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +114,49 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         InputError: the file is missing, damaged, holds code, or its tensors are not the model's.
     """
+    fit_weights(model, read_weights(path), str(path))
+
+
+def read_weights(path: str | Path, known: Sequence[Any] = ()) -> dict[str, Tensor]:
+    """Read a state dict from safetensors, or from a torch file (``weights_only=True``).
+
+    Args:
+        path: the file; in a torch file, a state dict, or a mapping that has it as ``state_dict`` or ``model``.
+        known: classes and functions that a torch file may hold beside tensors.
+
+    Raises:
+        InputError: the file is missing, damaged or holds code.
+    """
     path = Path(path)
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot read the weights {path}: {reason}; it may be missing or truncated") from None
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(list(known)):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is refused: it holds more than tensors; save the state dict alone, as safetensors"
         ) from None
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot read the weights {path}: {reason}; it may be missing or truncated") from None
     for key in ("state_dict", "model"):  # how timm's, DeiT's and MMDetection's checkpoints wrap theirs
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state dict; save model.state_dict() as safetensors")
+    return state
+
+
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that was read from ``source``, strictly.
+
+    Raises:
+        InputError: its tensors are not the model's; the message names the first.
+    """
     if difference := _difference(model, state):
-        raise InputError(f"the weights {path} are not this model's: {difference}; use the model they were saved from")
+        raise InputError(f"the weights {source} are not this model's: {difference}; use the model they were saved from")
     model.load_state_dict(state, strict=True)
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidt.detect_cli import detect, detection, names_a_detector
 from sidt.errors import InputError
+from sidt.options import image_size, number
 
 if TYPE_CHECKING:
     from sidt.pipeline import Run
@@ -28,6 +30,9 @@ _DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 @click.version_option(package_name="sidt")
 def cli() -> None:
     """Make vision transformers smaller by searching their dimensions."""
+
+
+cli.add_command(detect)
 
 
 def _step(command: Any) -> Any:
@@ -114,22 +119,10 @@ def search(
         "search.pareto": pareto,
         "seed": seed,
     }
-    budget = {"params": _number(budget_params), "macs": _number(budget_macs)}
+    budget = {"params": number(budget_params), "macs": number(budget_macs)}
     if any(bound is not None for bound in budget.values()):
         values["budget"] = budget  # as a whole: a bound that the config has and the command has not is dropped
     _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
-
-
-def _number(text: str | None) -> int | float | str | None:
-    """A number as YAML would read it; other text stays text, for the budget to judge."""
-    if text is None:
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 @cli.command(name="slice")
@@ -223,7 +216,7 @@ def spaces(model: str | None) -> None:
     metavar="3x224x224",
     help="Channels x height x width; default: what the model was built for.",
 )
-@click.option("--by", type=click.Choice(["module", "block", "kind"]), default="block", show_default=True)
+@click.option("--by", type=click.Choice(["module", "block", "kind"]), help="Rows of a backbone; default: block.")
 @click.option(
     "--format",
     "style",
@@ -232,21 +225,22 @@ def spaces(model: str | None) -> None:
     show_default=True,
 )
 def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, style: Any) -> None:
-    """Parameters and multiply-adds of a timm MODEL, a RUN folder (with its plan), or a CONFIG's model."""
+    """Parameters and multiply-adds of a timm MODEL, a RUN folder (with its plan), or a CONFIG's model.
+
+    For a detector (an MMDetection config, or a run of ``sidt detect``): backbone, neck and heads, dense beside 20 %
+    and 40 % fewer parameters in the backbone, or beside the plan.
+    """
+    size = image_size(input_size)
+    if names_a_detector(source):
+        if by is not None:
+            raise InputError(f"--by {by} is for backbones; the table of a detector has its parts as rows")
+        click.echo(detection("complexity").complexity_text(source, plan, size, style))
+        return
     from sidt.pipeline import complexity_of
     from sidt.report import complexity_text
 
-    dense, sliced = complexity_of(source, plan, _input_size(input_size), by)
+    dense, sliced = complexity_of(source, plan, size, by or "block")
     click.echo(complexity_text(dense, sliced, style))
-
-
-def _input_size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise InputError(f"--input is {text!r}; write channels x height x width, for example 3x224x224")
-    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def main() -> None:

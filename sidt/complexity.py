@@ -6,22 +6,22 @@ one polynomial for parameters and one for multiply-adds, whose terms also tell w
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from sidt.axes import Array, Axis
+from sidt.axes import Array, Axis, term_size
 from sidt.space import DimensionSpace
 from sidt.trace import InputSize, trace
 
 Group = Literal["module", "block", "kind"]
-_COUNTED_LAST = "elementwise operations, norms, softmax and pooling"
+NOT_COUNTED = "elementwise operations, norms, softmax and pooling"
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class CostTerm:
 
 
 def cost_terms(space: DimensionSpace) -> list[CostTerm]:
-    """The cost of a space as a sum of products of dimension sizes."""
+    """The cost of a space, of the places that it counts, as a sum of products of dimension sizes."""
     terms = []
     for name, place in space.places.items():
-        positions = space.trace.positions.get(name, 0)
+        if not name.startswith(space.counted):
+            continue
+        used = space.trace.positions.get(name, ())
         count = 0 if place.is_buffer else 1
-        if count or positions:
-            for coefficient, dimensions in _expand(place.axes):
-                module = name.rpartition(".")[0] or name
+        if count or used:
+            module = name.rpartition(".")[0] or name
+            for positions, coefficient, dimensions in _expand(place.axes, used, space.sizes):
                 terms.append(CostTerm(module, place.block, dimensions, count * coefficient, positions * coefficient))
     for heads, owner in space.attention.items():
         children = [d.name for d in space.dimensions.values() if d.per == heads]
@@ -52,17 +54,29 @@ def cost_terms(space: DimensionSpace) -> list[CostTerm]:
         block = next(p.block for n, p in space.places.items() if n.startswith(owner + "."))
         pairs = matmuls // (space.sizes[heads] * sum(space.sizes[c] for c in children))
         terms += [CostTerm(owner, block, (heads, child), 0, pairs) for child in children]
-    rest = space.trace.module_macs[""] - sum(_dense(t, space.sizes)[1] for t in terms)
+    rest = space.trace.module_macs[space.counted.rstrip(".")] - sum(_dense(t, space.sizes)[1] for t in terms)
     if rest:  # matrix products that no axis explains: counted, but they do not follow the plan
         terms.append(CostTerm("(other)", "(other)", (), 0, rest))
     return terms
 
 
-def _expand(axes: Sequence[Axis]) -> Iterable[tuple[int, tuple[str, ...]]]:
-    for choice in product(*axes):
-        symbols = [s for term in choice for s in term]
-        coefficient = int(np.prod([s for s in symbols if isinstance(s, int)], dtype=np.int64))
-        yield coefficient, tuple(s for s in symbols if isinstance(s, str))
+def _expand(
+    axes: Sequence[Axis], used: Sequence[tuple[int, int, int]], sizes: Mapping[str, int]
+) -> Iterable[tuple[int, int, tuple[str, ...]]]:
+    """The products that a tensor's size is the sum of: positions of its rows, coefficient, dimensions.
+
+    Rows are the first axis. A term of it that is used in parts has no number of positions of its own; what they
+    do not share goes to the rest that does not follow the plan.
+    """
+    start = 0
+    for rows in axes[0] if axes else [()]:  # a single number has no axis
+        end = start + term_size(rows, sizes)
+        positions = sum(n * max(0, min(end, last) - max(start, first)) for first, last, n in used) // (end - start)
+        for choice in product(*axes[1:]):
+            symbols = [s for term in (rows, *choice) for s in term]
+            coefficient = int(np.prod([s for s in symbols if isinstance(s, int)], dtype=np.int64))
+            yield positions, coefficient, tuple(s for s in symbols if isinstance(s, str))
+        start = end
 
 
 def _dense(term: CostTerm, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -153,7 +167,7 @@ class ComplexityReport:
     model: str
     input_size: InputSize
     rows: tuple[Row, ...]
-    not_counted: str = _COUNTED_LAST
+    not_counted: str = NOT_COUNTED
     latency_ms: float | None = None
 
     @property
@@ -226,18 +240,23 @@ def measure(model: nn.Module, input_size: InputSize | None = None, *, latency: b
 
 def time_forward(model: nn.Module, input_size: InputSize, *, batch: int = 1, seconds: float = 1.0) -> float:
     """Median milliseconds of a forward pass of ``batch`` images on the model's device (torch's timer)."""
-    from torch.utils.benchmark import Timer  # here: it looks for CUDA when imported, and says so
-
     parameter = next(model.parameters())
     images = torch.randn(batch, *input_size, device=parameter.device, dtype=parameter.dtype)
+    return time_call(model, lambda model: model(images), seconds=seconds)
+
+
+def time_call(model: nn.Module, call: Callable[[nn.Module], Any], *, seconds: float = 1.0) -> float:
+    """Median milliseconds of a call of a model in eval mode; its training mode comes back."""
+    from torch.utils.benchmark import Timer  # here: it looks for CUDA when imported, and says so
+
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            model(images)  # warm-up: the timer's own first run is counted
+            call(model)  # warm-up: the timer's own first run is counted
             timer = Timer(
-                "model(images)",
-                globals={"model": model, "images": images},
+                "call(model)",
+                globals={"model": model, "call": call},
                 num_threads=torch.get_num_threads(),
             )
             return float(timer.blocked_autorange(min_run_time=seconds).median * 1e3)

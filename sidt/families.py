@@ -41,13 +41,14 @@ class AxisRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A search-space file."""
+    """A search-space file; ``forwards`` is the module that has its attention forwards."""
 
     file: Path
     models: tuple[str, ...]
     rules: Mapping[str, AxisRule]
     parameters: tuple[Line, ...]
     attributes: tuple[Line, ...]
+    forwards: str
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -88,16 +89,20 @@ def read_family(file: Path) -> Family:
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
     sections = {"models", "axes", "parameters"}
-    if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | {"attributes"}:
-        raise InputError(f"the search space {file} must have the sections models, axes, parameters (and attributes)")
-    shapes = {"models": list, "axes": dict, "parameters": dict, "attributes": dict}
+    if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | {"attributes", "forwards"}:
+        raise InputError(
+            f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards)"
+        )
+    shapes = {"models": list, "forwards": str}
+    kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
     for section, content in tree.items():
-        if not isinstance(content, shapes[section]):
-            kind = "a list" if section == "models" else "a mapping"
-            raise InputError(f"the search space {file} has {section} {content!r}, which is not {kind}")
+        shape = shapes.get(section, dict)
+        if not isinstance(content, shape):
+            raise InputError(f"the search space {file} has {section} {content!r}, which is not {kinds[shape]}")
     rules = dict(_axis_rule(str(name), str(text), file) for name, text in tree["axes"].items())
     attributes = _lines(tree.get("attributes", {}))
-    return Family(file, tuple(tree["models"]), rules, _lines(tree["parameters"]), attributes)
+    forwards = tree.get("forwards", "sidt.attention")
+    return Family(file, tuple(tree["models"]), rules, _lines(tree["parameters"]), attributes, forwards)
 
 
 @lru_cache

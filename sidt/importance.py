@@ -21,7 +21,7 @@ from safetensors.numpy import save as dump_arrays
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sidt.axes import views
+from sidt.axes import names, views
 from sidt.batches import rechunk
 from sidt.errors import InputError
 from sidt.evaluation import heads_of
@@ -215,8 +215,13 @@ def activation(
         space: the model's space, if it is at hand.
 
     Raises:
-        InputError: there is no batch.
+        InputError: there is no batch, or the model has torch's MultiheadAttention, which hides its layers.
     """
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        raise InputError(
+            f"activation importance cannot see into the nn.MultiheadAttention of this {type(model).__name__}; "
+            f"use taylor or fisher"
+        )
     space = space or space_for(model)
     weights = _weights(model, space)
     mode = _Energies({id(w): n for n, w in weights.items()})
@@ -283,8 +288,10 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 
 def _weights(model: nn.Module, space: DimensionSpace) -> dict[str, nn.Parameter]:
+    """The parameters that a dimension lives in."""
     own = dict(model.named_parameters())
-    return {name: own[name] for name, place in space.places.items() if not place.is_buffer}
+    lived_in = {name for name, place in space.places.items() if any(names(axis) for axis in place.axes)}
+    return {name: own[name] for name in own if name in lived_in}
 
 
 def _average(

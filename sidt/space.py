@@ -61,7 +61,9 @@ class DimensionSpace:
         places: by parameter (or buffer) name, in the model's order.
         attributes: for each attribute that repeats a size, its axis.
         attention: for each ``heads`` dimension, the module that it lives in.
+        forwards: name of the module that has the attention forwards for sliced sizes.
         trace: what one image costs.
+        counted: the start of the names of the places whose costs count; empty: all.
     """
 
     model: str
@@ -70,7 +72,9 @@ class DimensionSpace:
     places: Mapping[str, Place]
     attributes: Mapping[str, Axis]
     attention: Mapping[str, str]
+    forwards: str
     trace: Trace
+    counted: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -88,6 +92,9 @@ class DimensionSpace:
 
 
 # --- binding it to a model -------------------------------------------------------------------------
+
+# embed.{s-1} where s is 0: what the first stage reads is the image's, and never searched.
+_BEFORE_THE_FIRST = ""
 
 
 @dataclass
@@ -115,9 +122,12 @@ class _Binder:
             raise InputError(
                 f"{self.family.file.name}: {where} has {len(shape)} axes, but its line gives {len(parsed)}"
             )
+        bound = (
+            axes.bind(a, e, lambda f: self.resolve(f, variables, where)) for a, e in zip(parsed, shape, strict=True)
+        )
         return tuple(
-            axes.bind(axis, extent, lambda f: self.resolve(f, variables, where))
-            for axis, extent in zip(parsed, shape, strict=True)
+            ((extent,),) if _BEFORE_THE_FIRST in axes.names(axis) else axis
+            for axis, extent in zip(bound, shape, strict=True)
         )
 
     def resolve(self, factor: Factor, variables: Mapping[str, int], where: str) -> str:
@@ -133,6 +143,8 @@ class _Binder:
             )
         last = self.last.get(factor.name, 0)
         index = tuple(axes.evaluate_index(e, variables, last) for e in expressions)
+        if min(index, default=0) < 0:
+            return _BEFORE_THE_FIRST
         name = ".".join([factor.name, *map(str, index)])
         parent = None if rule.per is None else ".".join([rule.per, *map(str, index)])
         self.dimensions[name] = (rule.kind, parent, index)
@@ -262,6 +274,7 @@ def space_for(
         places,
         attributes,
         attention,
+        family.forwards,
         trace(model, input_size),
     )
 

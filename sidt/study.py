@@ -63,9 +63,14 @@ class Gain:
 
     def __str__(self) -> str:
         """One sentence that says whether the search paid."""
-        numbers = f"{self.difference:+.2%} +- {self.error:.2%} (one standard error) on {self.samples} fresh samples"
+        return self.sentence("{:+.2%}", "{:.2%}", f"{self.samples} fresh samples")
+
+    def sentence(self, signed: str, plain: str, samples: str) -> str:
+        """The same for scores of another form: format strings of a difference and of its error, and what was seen."""
         if self.difference == self.error == 0:
-            return f"no trial was better than the plain ranking (checked on {self.samples} fresh samples)"
+            return f"no trial was better than the plain ranking (checked on {samples})"
+        error = f"{plain.format(self.error)} (one standard error)"
+        numbers = f"{signed.format(self.difference)} +- {error} on {samples}"
         if self.difference > 2 * self.error:
             return f"the search gained {numbers} over the plain ranking"
         if self.difference < -2 * self.error:

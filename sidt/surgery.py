@@ -1,13 +1,13 @@
 """Surgery: a plan applied to a model, as a smaller dense model or as a mask."""
 
 import copy
+import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sidt.attention import take_sizes
 from sidt.axes import Axis, axis_size, kept_indices
 from sidt.errors import InputError
 from sidt.plan import DimensionPlan
@@ -45,12 +45,12 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
             setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(module, leaf).requires_grad))
         _follow(module)
     sizes = plan.sizes
-    for path, axis in space.attributes.items():
-        _set_attribute(sliced, path, axis_size(axis, sizes))
     for heads, owner in space.attention.items():
         names = (heads, _child(space, heads, "qk"), _child(space, heads, "v"))
         pruned = any(sizes[n] < space.sizes[n] for n in names)
-        take_sizes(sliced.get_submodule(owner), *(sizes[n] for n in names), pruned=pruned)
+        _take_sizes(sliced.get_submodule(owner), *(sizes[n] for n in names), pruned=pruned, forwards=space.forwards)
+    for path, axis in space.attributes.items():
+        _set_attribute(sliced, path, axis_size(axis, sizes))
     earlier = getattr(model, "sidt_plan", None)
     sliced.sidt_plan = plan if earlier is None else earlier.then(plan)  # type: ignore[assignment]
     return sliced
@@ -95,6 +95,46 @@ def _child(space: DimensionSpace, heads: str, kind: str) -> str:
     return next(d.name for d in space.dimensions.values() if d.per == heads and d.kind == kind)
 
 
+def _take_sizes(module: nn.Module, heads: int, qk: int, v: int, *, pruned: bool, forwards: str) -> None:
+    """Give an attention, whose weights are sliced but whose attributes are not, a forward that takes its sizes.
+
+    Args:
+        module: the attention.
+        heads: how many heads it has now.
+        qk: the size of q and k in each head.
+        v: the size of v in each head.
+        pruned: whether any of the three is smaller than before; if none is, a class without a forward will do.
+        forwards: name of the module that has the forwards.
+
+    Raises:
+        InputError: there is no such forward for the module's class.
+    """
+    try:
+        library = importlib.import_module(forwards)
+        known = library.FORWARDS
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"cannot read the attention forwards: {' '.join(str(error).split())}; the section forwards of the search "
+            f"space says {forwards!r}, and must name a module with FORWARDS"
+        ) from None
+    if type(module) in {forward.sliced for forward in known.values()}:
+        return
+    forward = known.get(type(module))
+    if forward is None:
+        if not pruned:
+            return
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise InputError(
+            f"no attention forward takes pruned sizes for {name}; add one to {library.__file__}, "
+            f"or search only mlp and width"
+        )
+    if not forward.takes(module, heads, qk, v):
+        if forward.scale is not None:
+            module.scale = forward.scale(module)
+        # The class changes and nothing else: weights, names, hooks and scale stay as they are.
+        module.__class__ = forward.sliced
+
+
 def _follow(module: nn.Module) -> None:
     """Bring the sizes that torch's own layers repeat in step with their weights."""
     if isinstance(module, nn.Linear):
@@ -113,5 +153,7 @@ def _set_attribute(model: nn.Module, path: str, value: int) -> None:
     target = get_attribute(model, owner) if owner else model
     if isinstance(target, dict):
         target[leaf] = value
+    elif isinstance(target, list):
+        target[int(leaf)] = value
     else:
         setattr(target, leaf, value)

@@ -1,7 +1,9 @@
 """The backbones that the suites run over, and random plans for them."""
 
+import importlib
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import timm
@@ -18,25 +20,37 @@ from sidt.trace import InputSize
 
 @dataclass(frozen=True)
 class Backbone:
-    """One timm model, built small; ``gated`` gives its attentions timm's output gate, which no name has."""
+    """One model, built small: timm's, which gives logits, or MMDetection's, which gives a map for each stage.
+
+    ``gated`` gives its attentions timm's output gate, which no name has.
+    """
 
     name: str
     kwargs: dict = field(default_factory=dict, hash=False)
     input_size: InputSize | None = None
     label: str = ""
     gated: bool = False
+    source: Literal["timm", "mmdet"] = "timm"
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.name, self.label)))
+        return "-".join(filter(None, (self.source if self.source != "timm" else "", self.name, self.label)))
+
+    def create(self, **kwargs) -> nn.Module:
+        """A model as its library makes it."""
+        if self.source == "timm":
+            return timm.create_model(self.name, **kwargs)
+        return getattr(importlib.import_module("mmdet.models.backbones"), self.name)(**kwargs)
 
     def build(self, *, seed: int = 0) -> nn.Module:
         """A model of its own, in eval mode."""
         torch.manual_seed(seed)
-        model = timm.create_model(self.name, num_classes=10, **self.kwargs)
+        model = self.create(**self.kwargs | ({"num_classes": 10} if self.source == "timm" else {}))
         if self.gated:
             for block in model.blocks:
                 block.attn = Attention(model.embed_dim, block.attn.num_heads, qkv_bias=True, gated=True)
-        return shake(model).eval()
+        shake(model)
+        model.eval()  # nothing comes back from MMDetection's Swin
+        return model
 
     def images(self, batch: int = 2) -> torch.Tensor:
         generator = torch.Generator().manual_seed(7)
@@ -85,7 +99,7 @@ def random_plan(space: DimensionSpace, seed: int, kinds=KINDS) -> DimensionPlan:
 VIT = {"depth": 2, "img_size": 64}
 DINO = {"depth": 2, "img_size": 56}
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
-BACKBONES = (
+TIMM_BACKBONES = (
     Backbone("vit_tiny_patch16_224", VIT),
     Backbone("deit_tiny_patch16_224", VIT),
     Backbone("deit_tiny_distilled_patch16_224", VIT),
@@ -105,6 +119,18 @@ BACKBONES = (
     Backbone("pvt_v2_b0", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),
     Backbone("pvt_v2_b2_li", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),  # linear attention
 )
-VIT_TINY = BACKBONES[0]
-DISTILLED = BACKBONES[2]
-SWIN, SWIN_V2, PVT = BACKBONES[-4:-1]
+VIT_TINY = TIMM_BACKBONES[0]
+DISTILLED = TIMM_BACKBONES[2]
+SWIN, SWIN_V2, PVT = TIMM_BACKBONES[-4:-1]
+
+SMALL_SWIN = {"embed_dims": 24, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4), "window_size": 4}
+PLAIN = {"use_abs_pos_embed": True, "pretrain_img_size": 64, "patch_norm": False, "qkv_bias": False}
+SMALL_PVT = {"embed_dims": 8, "num_layers": (1, 1, 2, 1)}
+MMDET_BACKBONES = (
+    Backbone("SwinTransformer", SMALL_SWIN, (3, 86, 70), source="mmdet"),  # every stage is padded to whole windows
+    Backbone("SwinTransformer", SMALL_SWIN | PLAIN, (3, 64, 64), "plain", source="mmdet"),
+    Backbone("PyramidVisionTransformerV2", SMALL_PVT, (3, 86, 70), source="mmdet"),
+    Backbone("PyramidVisionTransformerV2", SMALL_PVT | {"qkv_bias": False}, (3, 64, 64), "plain", source="mmdet"),
+)
+MMDET_SWIN, MMDET_PVT = MMDET_BACKBONES[0], MMDET_BACKBONES[2]
+BACKBONES = TIMM_BACKBONES + MMDET_BACKBONES

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from backbones import BACKBONES, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan
+from backbones import BACKBONES, MMDET_PVT, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan
 from torch import nn
 
 from sidt.complexity import PlanCosts, cost_terms, measure, report, time_forward
 from sidt.families import KINDS
 from sidt.space import space_for
+from sidt.trace import trace
 
-ONE_EACH = pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, SWIN_V2, PVT], ids=str)
+ONE_EACH = pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, SWIN_V2, PVT, MMDET_PVT], ids=str)
 
 
 def block(width: int, heads: int, tokens: int, window: int) -> tuple[int, int]:
@@ -176,6 +177,43 @@ def test_measure_counts_any_model():
     table = measure(model, (3, 6, 6))
     assert [(r.name, r.params, r.macs) for r in table.rows] == [("0", 112, 36 * 108), ("2", 288, 288)]
     assert table.latency_ms is None and table.model == "Sequential"
+
+
+class Detector(nn.Module):
+    """Parts in a list, a weight used in halves, and torch's attention; called part by part, never as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(3, 4, 2, stride=2), nn.Linear(4, 6)])
+        self.attention = nn.MultiheadAttention(6, 2, kdim=4, vdim=4, batch_first=True)
+
+
+def run_detector(model, image):
+    tokens = model.parts[0](image).flatten(2).transpose(1, 2)  # [1, 9, 4]
+    first, second = model.parts[1].weight.split([2, 4])
+    of_all, of_five = nn.functional.linear(tokens, first), nn.functional.linear(tokens[:, :5], second)
+    model.attention(torch.cat([of_all[:, :5], of_five], dim=-1), tokens[:, :2], tokens[:, :2])
+
+
+def test_a_trace_of_a_forward_of_ones_own():
+    seen = trace(Detector(), (3, 6, 6), forward=run_detector)
+    assert seen.positions == {
+        "parts.0.weight": ((0, 4, 9),),
+        "parts.1.weight": ((0, 2, 9), (2, 6, 5)),
+        "attention.q_proj_weight": ((0, 6, 5),),
+        "attention.k_proj_weight": ((0, 6, 2),),
+        "attention.v_proj_weight": ((0, 6, 2),),
+        "attention.out_proj.weight": ((0, 6, 5),),
+    }
+    conv, halves = 9 * 4 * 12, 4 * (9 * 2 + 5 * 4)
+    attention = 5 * 6 * 6 + 2 * (2 * 6 * 4) + 2 * 6 * 5 * 2 + 5 * 6 * 6  # q, k and v, the two products, the output
+    assert seen.module_macs[""] == conv + halves + attention
+    # The two halves are products of the model's own forward, not of the layer whose weight they use.
+    assert {n: m for n, m in seen.module_macs.items() if m and n} == {
+        "parts": conv,
+        "parts.0": conv,
+        "attention": attention,
+    }
 
 
 def test_measure_needs_an_image_size_that_fits(refused):

@@ -11,12 +11,12 @@ import pytest
 import sidt
 
 FLOORS = (
-    {"errors", "files", "axes", "trace", "families", "space"},
+    {"errors", "files", "options", "axes", "trace", "families", "space"},
     {"plan", "budget", "complexity", "importance", "gates", "allocation", "attention", "surgery"}
     | {"batches", "data", "devices", "evaluation"},
     {"compensation", "training", "checkpoint", "study"},
     {"config", "report", "pipeline"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "detect_cli", "__init__", "__main__"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 FOLDER = Path(sidt.__file__).parent
@@ -73,6 +73,24 @@ def test_only_attention_knows_a_backbone():
     words = ("VisionTransformer", "SwinTransformer", "PyramidVision", "WindowAttention", "timm.models.")
     for module, source in SOURCES.items():
         assert module == "attention" or not [word for word in words if word in source], module
+
+
+def test_only_the_command_line_imports_detection():
+    assert {m for m, s in SOURCES.items() if any("sidt.detection" in n for n in imported(s))} <= {"detect_cli"}
+
+
+def test_forwards_are_imported_when_a_model_is_sliced_and_only_its_own():
+    program = """if True:
+        import sys, timm, sidt.surgery, sidt.space
+        assert "sidt.attention" not in sys.modules
+        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+        space = sidt.space.space_for(model)
+        sidt.surgery.slice_model(model, sidt.DimensionPlan(space, {"heads.0": [1]}))
+        assert "sidt.attention" in sys.modules
+        assert not {"sidt.detection", "mmdet", "mmcv", "mmengine"} & set(sys.modules)
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_check_sees_what_it_should():

@@ -2,7 +2,7 @@
 
 import pytest
 import timm
-from backbones import SWIN, VIT_TINY, dense
+from backbones import MMDET_PVT, SWIN, VIT_TINY, dense
 from timm.models.vision_transformer import DiffAttention, VisionTransformer
 from torch import nn
 
@@ -71,6 +71,13 @@ def test_dimensions_of_a_swin():
     assert space.places["head.fc.weight"].block == "head"
 
 
+def test_what_the_first_stage_reads_is_not_searched():
+    _, space = dense(MMDET_PVT)
+    first, second = (space.places[f"layers.{stage}.0.projection.weight"].axes[:2] for stage in (0, 1))
+    assert first == ((("embed.0",),), ((3,),)) and second == ((("embed.1",),), (("embed.0",),))
+    assert [n for n in space.dimensions if n.startswith("embed")] == [f"embed.{stage}" for stage in range(4)]
+
+
 def test_norms_fix_what_they_take_statistics_over():
     model = timm.create_model("beit3_base_patch16_224", depth=1, embed_dim=48, num_heads=4)
     fixed = {name for name, d in space_for(model).dimensions.items() if d.fixed}
@@ -87,7 +94,14 @@ def test_subclasses_have_the_space_of_their_family():
 
 
 def test_families():
-    assert {family.file.stem for family in families()} >= {"vit", "swin", "swin_v2", "pvt_v2"}
+    assert {family.file.stem for family in families()} >= {
+        "vit",
+        "swin",
+        "swin_v2",
+        "pvt_v2",
+        "mmdet_swin",
+        "mmdet_pvt_v2",
+    }
 
 
 def test_a_users_own_file(described):
@@ -128,6 +142,7 @@ def test_a_parameter_without_axes(refused, described):
         ("models: [somewhere.Net]", "models: somewhere.Net", ["mine.yaml", "models"]),
         ("models: [somewhere.Net]", "", ["mine.yaml", "models"]),
         ("models: [somewhere.Net]", "model: [somewhere.Net]", ["mine.yaml", "models"]),
+        ("models: [somewhere.Net]", "models: [somewhere.Net]\nforwards: [mine]", ["forwards", "['mine']", "a module"]),
         ("{hidden: mlp}", "{hidden: mlp", ["mine.yaml", "not YAML"]),
     ],
 )

@@ -1,11 +1,12 @@
 """Surgery beyond what the conformance suite asks of every backbone: what is kept, shared, refused."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
 import torch
-from backbones import BACKBONES, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan, shake
+from backbones import BACKBONES, MMDET_PVT, MMDET_SWIN, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan, shake
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
@@ -16,16 +17,22 @@ from sidt.plan import DimensionPlan
 from sidt.space import space_for
 from sidt.surgery import mask_model, slice_model
 
-ONE_EACH = pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, SWIN_V2, PVT], ids=str)
+TIMM = (VIT_TINY, SWIN, SWIN_V2, PVT)
+ONE_OF_TIMM = pytest.mark.parametrize("backbone", TIMM, ids=str)
+ONE_EACH = pytest.mark.parametrize("backbone", [*TIMM, MMDET_SWIN, MMDET_PVT], ids=str)
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    return [m for name, m in model.named_modules() if name.endswith(".attn")]
+    """timm's attentions, MMDetection's window attentions, and torch's within MMDetection's."""
+    found = [m for name, m in model.named_modules() if name.endswith((".attn", ".w_msa"))]
+    return [m for m in found if not any(child in found for child in m.children())]
 
 
 @torch.no_grad()
 def run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return model(images)
+    """Logits, or the last of the maps."""
+    result = model(images)
+    return result if isinstance(result, torch.Tensor) else result[-1]
 
 
 def random_slice(backbone, kinds=KINDS):
@@ -36,7 +43,8 @@ def random_slice(backbone, kinds=KINDS):
 @ONE_EACH
 @pytest.mark.parametrize("cut", [slice_model, mask_model])
 def test_the_given_model_is_not_touched(backbone, cut):
-    model = backbone.build().train()
+    model = backbone.build()
+    model.train()
     before = copy.deepcopy(model)
     result = cut(model, random_plan(space_for(model, backbone.input_size), 0))
     assert all(
@@ -83,7 +91,7 @@ def test_plain_timm_modules_stay_where_they_take_the_sizes(backbone, plain, kind
 
 
 @ONE_EACH
-def test_plain_timm_modules_stay_for_the_mlp_everywhere(backbone):
+def test_plain_modules_stay_for_the_mlp_everywhere(backbone):
     sliced, model = random_slice(backbone, ("mlp",)), dense(backbone)[0]
     assert [type(m) for m in sliced.modules()] == [type(m) for m in model.modules()]
 
@@ -92,7 +100,8 @@ def test_plain_timm_modules_stay_for_the_mlp_everywhere(backbone):
 def test_other_attentions_add_nothing(backbone):
     for before, after in zip(*map(attentions, (dense(backbone)[0], random_slice(backbone, INNER_KINDS))), strict=True):
         assert type(after) is not type(before) and isinstance(after, type(before))
-        assert [*after.state_dict()] == [*before.state_dict()] and vars(after).keys() == vars(before).keys()
+        assert [*after.state_dict()] == [*before.state_dict()]
+        assert vars(after).keys() - vars(before).keys() <= {"scale"}  # torch's attention has none of its own
 
 
 @ONE_EACH
@@ -104,6 +113,14 @@ def test_copies_and_casts(backbone):
     rounded = run(copy.deepcopy(sliced).to(torch.bfloat16), images.bfloat16())
     assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
     assert (rounded.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@ONE_EACH
+def test_autocast(backbone):
+    sliced, images = random_slice(backbone), backbone.images()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(sliced, images)
+    assert (mixed.float() - run(sliced, images)).abs().max() < 0.1 * mixed.abs().max()
 
 
 def test_a_half_precision_model_is_sliced_in_its_own_type():
@@ -137,7 +154,7 @@ def test_every_layer_says_its_true_size(backbone):
             assert module.normalized_shape == module.weight.shape
 
 
-@ONE_EACH
+@ONE_OF_TIMM
 def test_heads_and_features_of_the_sliced_model(backbone):
     sliced, images = random_slice(backbone), backbone.images()
     sizes = sliced.sidt_plan.sizes
@@ -166,6 +183,23 @@ def test_an_attention_of_an_unknown_class(refused):
     assert type(sliced.blocks[1].attn) is Mine and run(sliced, VIT_TINY.images()).isfinite().all()
 
 
+def test_a_module_without_forwards(refused):
+    model, space = dense(VIT_TINY)
+    plan = random_plan(space, 0)
+    for name, words in {"no_such_module": "No module named 'no_such_module'", "sidt.errors": "FORWARDS"}.items():
+        other = DimensionPlan(dataclasses.replace(space, forwards=name), plan.keep)
+        with refused("attention forwards", words):
+            slice_model(model, other)
+
+
+def test_an_attention_of_mmdetection_of_an_unknown_class(refused):
+    model, space = MMDET_SWIN.build(), dense(MMDET_SWIN)[1]
+    attention = model.stages[0].blocks[0].attn.w_msa
+    attention.__class__ = type("Mine", (type(attention),), {})
+    with refused("Mine", "detection/attention.py", "mlp and width"):
+        slice_model(model, random_plan(space, 0, ("heads",)))
+
+
 @pytest.mark.parametrize("cut", [slice_model, mask_model])
 def test_a_plan_for_another_model(cut, refused):
     plan = random_plan(dense(VIT_TINY)[1], 0)
@@ -185,22 +219,17 @@ def test_what_is_frozen_stays_frozen():
     assert [p.requires_grad for p in sliced.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "pvt_v2_b0"]
-)
-def test_dropout_of_attention_weights(name):
-    small = {"depth": 1} if "vit" in name else {"depths": (1, 1, 1, 1)}
-    size = (3, 64, 64) if "pvt" in name else None
-    model = shake(timm.create_model(name, num_classes=10, attn_drop_rate=0.5, **small))
-    space = space_for(model, size)
-    sliced, images = slice_model(model, random_plan(space, 0)), torch.randn(1, *space.trace.input_size)
+@ONE_EACH
+def test_dropout_of_attention_weights(backbone):
+    model = shake(backbone.create(**backbone.kwargs, attn_drop_rate=0.5, drop_path_rate=0.0))
+    sliced, images = slice_model(model, random_plan(space_for(model, backbone.input_size), 0)), backbone.images(1)
     sliced.train()
-    first, second = sliced(images), sliced(images)
-    assert not torch.equal(first, second)
-    first.square().sum().backward()
+    assert not torch.equal(run(sliced, images), run(sliced, images))
+    outputs = sliced(images)
+    sum(y.square().sum() for y in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)).backward()
     assert all(p.grad.isfinite().all() for p in sliced.parameters())
     sliced.eval()
-    assert torch.equal(sliced(images), sliced(images))
+    assert torch.equal(run(sliced, images), run(sliced, images))
 
 
 def compiled_is_eager(sliced: nn.Module, images: torch.Tensor, backend: str) -> None:

@@ -1,0 +1,382 @@
+"""The steps of a detection run, each from files to files in a run folder, each re-runnable.
+
+::
+
+    train (or a checkpoint) -> dense/       search -> scores.safetensors, study.db, search/, sliced/
+    finetune -> config.py, plan.json, model.safetensors (the result, for MMDetection)
+    evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from mmengine.runner import Runner
+from torch import nn
+
+from sidt import importance as criteria
+from sidt.allocation import Rules
+from sidt.config import parse
+from sidt.detection.annotations import check_annotations, write_subsets
+from sidt.detection.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    load_detector,
+    load_weights,
+    save_detector,
+)
+from sidt.detection.configs import (
+    Source,
+    build_detector,
+    check_classes,
+    dataset_of,
+    input_size_of,
+    move_data,
+    read_config,
+    source_of,
+)
+from sidt.detection.detector import detector_space, parts, time_detector, whole
+from sidt.detection.evaluation import average_precision, results_table, test
+from sidt.detection.loss import detector_loss, minus_losses, read_batches
+from sidt.detection.pictures import draw_side_by_side
+from sidt.detection.settings import Settings
+from sidt.detection.training import join, prepared, train
+from sidt.devices import resolve_device
+from sidt.errors import InputError
+from sidt.files import read_json, write_json
+from sidt.importance import Importance
+from sidt.report import Format
+from sidt.space import DimensionSpace
+from sidt.study import Gain, Objective
+from sidt.study import search as optuna_search
+from sidt.surgery import slice_model
+
+PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+_FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DetectionRun:
+    """A run folder, the config of the dense detector, and the settings in it."""
+
+    folder: Path
+    config: Config
+    settings: Settings
+
+
+def open_run(
+    source: Path,
+    out: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    data_root: Path | None = None,
+) -> DetectionRun:
+    """Open a run folder, or start one from an MMDetection config.
+
+    Args:
+        source: a run folder, or a config.
+        out: the run folder for a config; default: ``runs/<name of the config>``.
+        options: values that replace the config's, by dotted key.
+        settings: values that replace those of its section ``sidt``.
+        data_root: the folder that the data is in, if not the config's.
+
+    Raises:
+        InputError: the source is neither, or a value is wrong.
+    """
+    if source.is_dir():
+        if not (source / "dense" / CONFIG).is_file():
+            raise InputError(
+                f"{source} is no detection run: it has no dense/{CONFIG}; start with a config: `sidt detect search "
+                f"CONFIG --checkpoint FILE --out {source}`"
+            )
+        folder, path = source, source / "dense" / CONFIG
+    else:
+        folder, path = out or Path("runs") / source.stem, source
+    config = read_config(path, options)
+    if data_root is not None:
+        move_data(config, data_root)
+    merged = {**(config.to_dict().get("sidt") or {}), **{k: v for k, v in (settings or {}).items() if v is not None}}
+    checked = parse(Settings, merged, f"{path}, section sidt")
+    resolve_device(checked.device)
+    config.sidt = checked.model_dump(mode="json")
+    return DetectionRun(folder, config, checked)
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
+    """Train the dense detector as its config says, without the held-out images."""
+    join(launcher)
+    detector = build_detector(run.config)
+    detector_space(detector, run.config.model, _size(run))  # a backbone without a space is said now
+    source = _checked(run, detector, "train_dataloader")
+    _checked(run, detector, "test_dataloader")
+    config = _with_annotations(run, run.config, _split(run, source)["rest"])
+    weights = Path(config.load_from) if config.get("load_from") else None
+    last = train(config, weights, run.folder / "states", "train", launcher=launcher)
+    if is_main_process():
+        load_weights(detector, last)
+        save_detector(detector, run.config, run.folder / "dense", source.classes)
+    barrier()
+    return f"dense detector -> {run.folder / 'dense'}"
+
+
+def take_checkpoint(run: DetectionRun, checkpoint: Path) -> str:
+    """Take a trained detector as the dense one."""
+    detector = build_detector(run.config)
+    load_weights(detector, checkpoint)
+    source = _checked(run, detector, "train_dataloader")
+    save_detector(detector, run.config, run.folder / "dense", source.classes)
+    return f"dense detector, from {checkpoint} -> {run.folder / 'dense'}"
+
+
+def search(run: DetectionRun, say: Say) -> str:
+    """Score every unit by the detector's loss, search the plan within the budget, slice."""
+    settings = run.settings
+    if settings.budget is None:
+        raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
+    _existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
+    detector, config = load_detector(run.folder / "dense")
+    source = _checked(run, detector, "train_dataloader")
+    split = _split(run, source)
+    space = detector_space(detector, config.model, _size(run))
+    _check_width(space, settings)
+    space = whole(space) if settings.on == "detector" else space
+    detector.to(resolve_device(settings.device))
+    config = _with_annotations(run, config, split["rest"])
+    scores = _scores(detector, config, settings, space, say)
+    scores.save(run.folder / "scores.safetensors")
+    objective = _objective(run, config, source, split["holdout"], None)
+    begin = time.perf_counter()
+    dense_value = float(np.mean(objective(detector)))
+    seconds = time.perf_counter() - begin
+    held = len(read_json(split["holdout"])["images"])
+    of = f"{_named(settings)} on {held} held-out training images"
+    say(f"dense: {_shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
+    result = optuna_search(
+        detector,
+        scores,
+        settings.budget.value(),
+        objective,
+        fresh=_objective(run, config, source, split["fresh"], min(_FOLDS, held)),
+        trials=settings.trials,
+        timeout=settings.timeout,
+        seed=settings.seed,
+        rules=Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to),
+        storage=settings.storage or f"sqlite:///{(run.folder / 'study.db').resolve()}",
+        label=f"{of}, seed {settings.seed}",
+    )
+    assert result.gain is not None
+    says = _says(settings, result.gain)
+    result.plan.save(run.folder / PLAN)
+    full, small = parts(space), parts(space, result.plan.sizes)
+    write_json(
+        run.folder / SEARCH,
+        {
+            "budget": str(settings.budget.value()),
+            "on": settings.on,
+            "objective": of,
+            "dense": dense_value,
+            "plain": result.plain_value,
+            "best": result.value,
+            "values": [t.values[0] for t in result.study.trials if t.values is not None],
+            "gain": {"plain": result.gain.plain, "found": result.gain.found, "error": result.gain.error, "says": says},
+            "parts": {
+                n: {"dense": [r.params, r.macs], "sliced": [small[n].params, small[n].macs]} for n, r in full.items()
+            },
+            "settings": settings.model_dump(mode="json"),
+        },
+    )
+    sliced = slice_model(detector, result.plan)
+    save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
+    kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
+    return (
+        f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {settings.trials} trials; {says} "
+        f"-> {run.folder / 'sliced'}"
+    )
+
+
+def finetune(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
+    """Train the sliced detector further; the result is the run folder's own detector."""
+    join(launcher)
+    sliced = _existing(run, "sliced", "search")
+    config = read_config(sliced / CONFIG, {**run.settings.finetune, **(options or {})})
+    detector = build_detector(config)
+    source = _checked(run, detector, "train_dataloader")
+    config = _with_annotations(run, config, _split(run, source)["rest"])
+    last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
+    if is_main_process():
+        detector, original = load_detector(sliced)
+        load_weights(detector, last)
+        save_detector(detector, original, run.folder, source.classes)
+    barrier()
+    return f"fine-tuned detector -> {run.folder}"
+
+
+def evaluate(
+    run: DetectionRun, *, launcher: str = "none", per_class: bool = False, latency: bool = True, style: Format = "table"
+) -> str:
+    """COCO scores on the test data, parameters, multiply-adds and latency of the detectors that are there."""
+    join(launcher)
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    there = {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+    if not there:
+        raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
+    rows = {
+        name: evaluate_detector(folder, _size(run), launcher=launcher, per_class=per_class, latency=latency)
+        for name, folder in there.items()
+    }
+    if not is_main_process():
+        return ""
+    write_json(run.folder / EVALUATION, rows)
+    return results_table(rows, style)
+
+
+def evaluate_detector(
+    folder: Path,
+    input_size: tuple[int, int, int],
+    *,
+    launcher: str = "none",
+    per_class: bool = False,
+    latency: bool = True,
+) -> dict[str, Any]:
+    """COCO scores, costs and latency of one detector's folder."""
+    detector, config = load_detector(folder)
+    source = source_of(config, "test_dataloader")
+    _check_source(source)
+    check_classes(detector, source.classes, config)
+    config = prepared(config, folder / "evaluation", launcher)
+    config.load_from = str(folder / WEIGHTS)
+    row: dict[str, Any] = dict(test(config, folder / "evaluation", per_class=per_class))
+    space = detector_space(detector, config.model, input_size)
+    rows = parts(space)
+    row |= {
+        "params": sum(p.numel() for p in detector.parameters()),
+        "macs": {name: part.macs for name, part in rows.items() if part.macs},
+        "params_by_part": {name: part.params for name, part in rows.items()},
+        "input_size": list(input_size),
+    }
+    if latency:
+        row["latency_ms"] = time_detector(detector, input_size)
+    return row
+
+
+def draw(run: DetectionRun, images: int) -> str:
+    """Draw what each detector of the run finds in the first test images, side by side."""
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    detectors = {name: load_detector(folder) for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+    source = source_of(run.config, "test_dataloader")
+    files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
+    draw_side_by_side(detectors, files, source.classes, run.folder / "detections.png")
+    return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
+
+
+# --- what the steps share ------------------------------------------------------------------------------------------
+
+
+def _existing(run: DetectionRun, name: str, step: str) -> Path:
+    folder = run.folder / name
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is not there; run `sidt detect {step}` first")
+    return folder
+
+
+def _size(run: DetectionRun) -> tuple[int, int, int]:
+    return run.settings.input_size or input_size_of(run.config)
+
+
+def _check_source(source: Source) -> None:
+    check_annotations(source.annotations, source.images, source.classes, masks=source.masks)
+
+
+def _checked(run: DetectionRun, detector: nn.Module, loader: str) -> Source:
+    """Where a loader's data is, after a look at all of its annotations."""
+    source = source_of(run.config, loader)
+    check_classes(detector, source.classes, run.config)
+    _check_source(source)
+    return source
+
+
+def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
+    """The annotations of the held-out images, of the fresh ones and of the rest: written once for a run."""
+    folder, made_of = run.folder / "data", {"held": run.settings.holdout, "seed": run.settings.seed}
+    made_of["annotations"] = str(source.annotations.resolve())
+    if is_main_process():
+        if (folder / "split.json").is_file() and (seen := read_json(folder / "split.json")) != made_of:
+            raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
+        if not (folder / "split.json").is_file():
+            write_subsets(source.annotations, folder, held=run.settings.holdout, seed=run.settings.seed)
+            write_json(folder / "split.json", made_of)
+    barrier()
+    return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
+
+
+def _with_annotations(run: DetectionRun, config: Config, annotations: Path) -> Config:
+    """A copy of a config that trains on other annotations of the same images."""
+    own = Config(config.to_dict(), filename=config.filename)
+    dataset_of(own, "train_dataloader").ann_file = str(annotations.resolve())
+    return own
+
+
+def _check_width(space: DimensionSpace, settings: Settings) -> None:
+    widths = [d for d in space.dimensions.values() if d.kind == "width"]
+    if "width" in settings.kinds and widths and all(d.fixed for d in widths):
+        raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
+
+
+def _scores(detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace, say: Say) -> Importance:
+    if settings.score == "random":
+        return criteria.random(detector, seed=settings.seed, space=space)
+    if settings.score == "magnitude":
+        return criteria.magnitude(detector, space=space)
+    begin = time.perf_counter()
+    batch = 1 if settings.score == "fisher" else int(config.train_dataloader.get("batch_size", 2))
+    batches = read_batches(config, settings.score_images, batch_size=batch, seed=settings.seed)
+    criterion = criteria.fisher if settings.score == "fisher" else criteria.taylor
+    found = criterion(detector, batches, detector_loss, space=space)
+    say(
+        f"scores: {settings.score} of the detector's loss on {settings.score_images} images, "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
+    return found
+
+
+def _objective(run: DetectionRun, config: Config, source: Source, annotations: Path, folds: int | None) -> Objective:
+    """What a trial is judged by, on the training images of an annotation file."""
+    own = _with_annotations(run, config, annotations)
+    if run.settings.objective == "loss":
+        count = len(read_json(annotations)["images"])
+        batches = read_batches(own, count, batch_size=1, seed=run.settings.seed)
+        return lambda detector: minus_losses(detector, batches)
+    loader = Config({"loader": own.test_dataloader.to_dict()}).loader
+    dataset = dataset_of(Config({"test_dataloader": loader}), "test_dataloader")
+    dataset.update(ann_file=str(annotations.resolve()), data_root="", data_prefix={"img": str(source.images.resolve())})
+    loader.update(num_workers=0, persistent_workers=False)
+    images = Runner.build_dataloader(loader, seed=0)
+
+    def ap(detector: nn.Module) -> np.ndarray:
+        return average_precision(detector, images, annotations, source.classes, folds=folds)
+
+    return ap
+
+
+def _named(settings: Settings) -> str:
+    return "box AP" if settings.objective == "ap" else "minus the detector's loss"
+
+
+def _shown(settings: Settings, value: float) -> str:
+    return f"{value:.1%}" if settings.objective == "ap" else f"{value:.4f}"
+
+
+def _says(settings: Settings, gain: Gain) -> str:
+    if settings.objective == "ap":
+        return gain.sentence("{:+.2%}", "{:.2%}", f"{gain.samples} groups of fresh training images")
+    return gain.sentence("{:+.4f}", "{:.4f}", f"{gain.samples} fresh training images")

@@ -1,0 +1,53 @@
+"""What SiDT needs to know beside an MMDetection config: its section ``sidt``, checked before anything starts."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sidt.config import BudgetConfig
+from sidt.families import INNER_KINDS, Kind
+
+
+class Settings(BaseModel):
+    """The section ``sidt = dict(...)`` of an MMDetection config; options of the command line replace its values.
+
+    Attributes:
+        budget: what the sliced detector may cost.
+        on: whether the budget is that of the backbone or of the whole detector.
+        input_size: channels, height, width of the image that costs are stated at; None: the test pipeline's.
+        holdout: training images held out for the search, and as many again to judge what it found: a fraction, or
+            a number.
+        score: the importance; taylor and fisher are those of the detector's own loss.
+        score_images: training images that it is measured on.
+        objective: what a trial is judged by on the held-out images: COCO box AP, or the detector's loss.
+        trials: finished trials in all.
+        timeout: seconds after which no new trial starts.
+        storage: Optuna storage URL; None: SQLite in the run folder.
+        kinds: the kinds of dimensions that are searched.
+        freeze: patterns of dimensions that stay whole.
+        min_units: the least units of a dimension.
+        round_to: what sizes are multiples of.
+        finetune: values of the MMDetection config for fine-tuning, by dotted key.
+        device: where scores and trials run.
+        seed: of the held-out images, the sampler and random scores.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: BudgetConfig | None = None
+    on: Literal["backbone", "detector"] = "backbone"
+    input_size: tuple[int, int, int] | None = None
+    holdout: float | int = Field(default=0.1, gt=0)
+    score: Literal["taylor", "fisher", "magnitude", "random"] = "taylor"
+    score_images: int = Field(default=128, ge=1)
+    objective: Literal["ap", "loss"] = "ap"
+    trials: int = Field(default=20, ge=1)
+    timeout: float | None = Field(default=None, gt=0)
+    storage: str | None = None
+    kinds: tuple[Kind, ...] = INNER_KINDS
+    freeze: tuple[str, ...] = ()
+    min_units: int = Field(default=1, ge=1)
+    round_to: int = Field(default=1, ge=1)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)

@@ -1,0 +1,29 @@
+"""How the command line reads numbers and sizes."""
+
+from sidt.errors import InputError
+
+
+def number(text: str | None) -> int | float | str | None:
+    """A number as YAML would read it; other text stays text, for whoever checks the value."""
+    if text is None:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def image_size(text: str | None) -> tuple[int, int, int] | None:
+    """Channels, height and width from text such as ``3x224x224``.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise InputError(f"--input is {text!r}; write channels x height x width, for example 3x224x224")
+    return int(parts[0]), int(parts[1]), int(parts[2])

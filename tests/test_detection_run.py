@@ -1,0 +1,420 @@
+"""A detection run from end to end, on digits of a few pixels: files, budgets, MMDetection's own tools, mistakes."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from click.testing import CliRunner
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmengine.hooks import Hook
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.registry import HOOKS
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from sidt.cli import cli, main
+from sidt.detection import configs as detection_configs
+from sidt.detection import pipeline
+from sidt.detection.checkpoints import load_detector
+from sidt.detection.configs import build_detector, read_config
+from sidt.detection.detector import detector_space, parts
+from sidt.detection.digits import write_digits
+from sidt.detection.loss import detector_loss, read_batches
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
+SMALL = """
+_base_ = "{base}"
+model = dict(
+    backbone=dict(embed_dims=16, depths=(1, 2, 1), num_heads=(2, 2, 4), window_size=4),
+    neck=dict(in_channels=[32, 64], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, norm_cfg=dict(num_groups=4)),
+)
+train_cfg = dict(max_epochs=1, val_interval=10)
+param_scheduler = []
+sidt = dict(
+    budget=dict(params=0.6),
+    holdout=4,
+    score_images=8,
+    trials=2,
+    finetune={{"optim_wrapper.optimizer.lr": 1e-4}},
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(folder, train=24, val=6, size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, data):
+    """A config file of a detector that fits into a second."""
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL.format(base=CONFIGS / "digits_swin.py") + f"data_root = {str(data)!r}\n")
+    return path
+
+
+def opened(config, data, folder, **settings):
+    return pipeline.open_run(config, folder, None, settings, data_root=data)
+
+
+def random_detector(config):
+    """A detector whose parameters are all off their start, and finds something in every image."""
+    torch.manual_seed(0)
+    detector = build_detector(config)
+    detector.init_weights()
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for head in detector.bbox_head.modules():
+            if getattr(head, "out_channels", None) == 10:
+                head.bias.fill_(-1.0)
+    return detector.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, config):
+    """As MMEngine writes it: with what its logger keeps, which torch does not know."""
+    path = tmp_path_factory.mktemp("weights") / "epoch_1.pth"
+    detector = random_detector(read_config(config))
+    message_hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}}
+    torch.save({"meta": {"epoch": 1}, "state_dict": detector.state_dict(), "message_hub": message_hub}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config, data, checkpoint):
+    """A finished run: a checkpoint, searched, fine-tuned, evaluated, by the command line."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    start = ["detect", "search", str(config), "--out", str(folder), "--data-root", str(data)]
+    for arguments in (
+        [*start, "--checkpoint", str(checkpoint)],
+        ["detect", "finetune", str(folder)],
+        ["detect", "evaluate", str(folder), "--per-class", "--draw", "2"],
+    ):
+        result = CliRunner().invoke(cli, arguments, catch_exceptions=False, standalone_mode=False)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_a_run_leaves_its_files(run):
+    for name in ("dense", "sliced", "."):
+        assert (run / name / "config.py").is_file() and (run / name / "model.safetensors").is_file()
+        assert (run / name / "plan.json").is_file() == (name != "dense")
+    found = json.loads((run / "search" / "search.json").read_text())
+    assert len(found["values"]) == 2 and found["objective"].startswith("box AP on 4 held-out")
+    assert (run / "detections.png").stat().st_size > 1000
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan == json.loads((run / "search" / "plan.json").read_text())
+
+
+def test_the_budget_is_met_by_the_backbone(run):
+    dense, sliced, tuned = (load_detector(run / name)[0] for name in ("dense", "sliced", "."))
+    sizes = [sum(p.numel() for p in model.backbone.parameters()) for model in (dense, sliced, tuned)]
+    assert 0.6 * 0.99 * sizes[0] <= sizes[1] <= 0.6 * sizes[0] and sizes[1] == sizes[2]
+    rest = [sum(p.numel() for n, p in m.named_parameters() if not n.startswith("backbone")) for m in (dense, sliced)]
+    assert rest[0] == rest[1]
+
+
+def test_fine_tuning_moves_the_sliced_weights_only_a_little(run):
+    before, after = (load_file(run / name / "model.safetensors") for name in ("sliced", "."))
+    assert before.keys() == after.keys()
+    moved = [(before[k] - after[k]).abs().max().item() for k in before if before[k].is_floating_point()]
+    assert 0 < max(moved) < 0.01  # 2 steps of AdamW with lr 1e-4, from the sliced weights and not from a new start
+
+
+def test_evaluation_has_scores_and_costs(run):
+    rows = json.loads((run / "evaluation.json").read_text())
+    assert list(rows) == ["dense", "sliced", "fine-tuned"]
+    for name, row in rows.items():
+        assert 0 <= row["bbox"]["AP"] <= 1 and set(row["bbox"]["classes"]) == set("0123456789")
+        detector = load_detector(run if name == "fine-tuned" else run / name)[0]
+        assert row["params"] == sum(p.numel() for p in detector.parameters()) == sum(row["params_by_part"].values())
+        assert row["latency_ms"] > 0 and row["macs"]["backbone"] > row["macs"]["neck"] > 0
+    assert rows["sliced"]["macs"]["backbone"] < rows["dense"]["macs"]["backbone"]
+    assert rows["sliced"]["macs"]["bbox_head"] == rows["dense"]["macs"]["bbox_head"]
+
+
+def test_the_held_out_images_are_not_trained_on(run, data):
+    parts = {n: json.loads((run / "data" / f"{n}.json").read_text()) for n in ("rest", "holdout", "fresh")}
+    ids = {name: {image["id"] for image in part["images"]} for name, part in parts.items()}
+    assert [len(ids[n]) for n in ("rest", "holdout", "fresh")] == [16, 4, 4]
+    assert len(set.union(*ids.values())) == 24
+    log = next((run / "states").glob("finetune-*/*/*.log")).read_text()
+    assert str(run / "data" / "rest.json") in log and "annotations/train.json" not in log.split("Config:")[-1]
+
+
+# --- MMDetection's own tools ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moved(run, tmp_path_factory):
+    """The result, copied elsewhere: three files are all it is."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "detector"
+    folder.mkdir()
+    for name in ("config.py", "plan.json", "model.safetensors"):
+        shutil.copy(run / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def image(data):
+    return str(sorted((data / "val").glob("*.png"))[0])
+
+
+def test_init_detector_takes_it(run, moved, image):
+    detector = init_detector(str(moved / "config.py"), str(moved / "model.safetensors"), device="cpu")
+    assert tuple(detector.dataset_meta["classes"]) == tuple("0123456789")
+    ours, config = load_detector(run)
+    ours.cfg = config
+    found, expected = (inference_detector(d, image).pred_instances for d in (detector, ours))
+    assert len(expected.bboxes) > 0
+    assert_close(found.bboxes, expected.bboxes)
+    assert_close(found.scores, expected.scores)
+
+
+def test_det_inferencer_takes_it(moved, image):
+    inferencer = DetInferencer(str(moved / "config.py"), str(moved / "model.safetensors"), device="cpu")
+    (found,) = inferencer(image, no_save_vis=True)["predictions"]
+    assert len(found["bboxes"]) == len(found["scores"]) > 0
+
+
+def mmdet_tool(name):
+    return str(Path(mmdet.__file__).parent / ".mim" / "tools" / name)
+
+
+def test_tools_test_takes_it(run, moved, tmp_path):
+    command = [sys.executable, mmdet_tool("test.py"), str(moved / "config.py"), str(moved / "model.safetensors")]
+    done = subprocess.run([*command, "--work-dir", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (scores,) = [json.loads(p.read_text()) for p in tmp_path.glob("*/*.json")]
+    own = json.loads((run / "evaluation.json").read_text())["fine-tuned"]["bbox"]
+    assert scores["coco/bbox_mAP"] == pytest.approx(own["AP"], abs=5e-4 + 1e-9)
+
+
+# --- the detector as a space ---------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_batch_is_repeatable_and_of_the_detector(config, data, checkpoint, tmp_path):
+    opened_run = opened(config, data, tmp_path)
+    detector = random_detector(opened_run.config)
+    batches = read_batches(opened_run.config, 4, batch_size=2)
+    again = read_batches(opened_run.config, 4, batch_size=2)
+    first = [detector_loss(detector, batch).item() for batch in batches]
+    assert first == [detector_loss(detector, batch).item() for batch in batches]
+    assert first == [detector_loss(detector, batch).item() for batch in again]
+    processed = detector.data_preprocessor(again[0], True)
+    losses = detector(**processed, mode="loss")
+    assert first[0] == pytest.approx(sum(v.item() for name in losses for v in flat(losses[name])), rel=1e-5)
+
+
+def flat(value):
+    return value if isinstance(value, list) else [value]
+
+
+def test_damaged_images_are_named(config, data, tmp_path, refused):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    for path in (copy / "train").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with refused("image", str(copy)):
+        read_batches(opened(config, copy, tmp_path / "run").config, 4, batch_size=2)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@HOOKS.register_module()
+class StopOnce(Hook):
+    """Stops the first training that it sees after its first epoch, as Ctrl-C would."""
+
+    armed = True
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1 and type(self).armed:
+            type(self).armed = False
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_training_goes_on(config, data, tmp_path):
+    hooks = {"custom_hooks": [{"type": "StopOnce"}], "default_hooks.checkpoint.interval": 1}
+    options = {"train_cfg.max_epochs": 2, **hooks}
+    stopped = pipeline.open_run(config, tmp_path / "stopped", options, data_root=data)
+    StopOnce.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train_dense(stopped)
+    assert not (tmp_path / "stopped" / "dense").exists()
+    pipeline.train_dense(stopped)
+    log = sorted((tmp_path / "stopped" / "states").glob("train-*/*/*.log"))[-1].read_text()
+    assert "resumed epoch: 1" in log
+    whole_run = pipeline.open_run(config, tmp_path / "whole", options, data_root=data)
+    pipeline.train_dense(whole_run)
+    weights = [load_file(tmp_path / name / "dense" / "model.safetensors") for name in ("stopped", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+@pytest.mark.slow
+def test_two_processes_train(config, data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    words = ["-m", "sidt", "detect", "train", str(config), "--out", str(tmp_path / "run"), "--data-root", str(data)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words, "--launcher", "pytorch"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = next((tmp_path / "run" / "states").glob("train-*/*/*.log")).read_text()
+    assert "GPU number: 2" in log and "MMDistributedDataParallel" in log
+    detector, _ = load_detector(tmp_path / "run" / "dense")
+    assert all(p.isfinite().all() for p in detector.parameters())
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_extra_says_the_command_that_installs_it(tmp_path):
+    program = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mmdet", "mmcv", "mmengine"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["sidt", "detect", "search", "config.py"]
+from sidt.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "--extra detection" in done.stderr
+    assert done.stderr.startswith("sidt: ") and done.stderr.count("\n") == 1
+
+
+def test_a_backbone_without_a_space_is_refused(tmp_path, data, refused):
+    path = tmp_path / "resnet.py"
+    path.write_text(
+        f"_base_ = {str(CONFIGS / 'digits_swin.py')!r}\n"
+        "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, out_indices=(1, 2)),"
+        " neck=dict(in_channels=[128, 256]))\n"
+    )
+    with refused("ResNet", "search_spaces"):
+        pipeline.train_dense(opened(path, data, tmp_path / "run"))
+    assert not (tmp_path / "run" / "data").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch evil",))
+
+
+def write_evil(path):
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+
+
+def write_other(path):
+    torch.save({"state_dict": {"backbone.weight": torch.zeros(3)}}, path)
+
+
+def write_truncated(path):
+    whole_file = path.with_suffix(".whole")
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, whole_file)
+    path.write_bytes(whole_file.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (write_evil, ["refused"]),
+        (write_other, ["backbone", "missing"]),
+        (write_truncated, ["truncated"]),
+        (lambda path: None, ["cannot read"]),
+    ],
+    ids=["code", "another model", "truncated", "missing"],
+)
+def test_bad_checkpoints_are_refused(write, words, config, data, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pth"
+    write(path)
+    with refused(str(path), *words):
+        pipeline.take_checkpoint(opened(config, data, tmp_path / "run"), path)
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
+
+
+def test_bad_annotations_are_refused(config, data, checkpoint, tmp_path, refused):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    annotations = copy / "annotations" / "train.json"
+    text = annotations.read_text()
+
+    def take():
+        pipeline.take_checkpoint(opened(config, copy, tmp_path / "run"), checkpoint)
+
+    annotations.write_text(text[: len(text) // 2])
+    with refused("train.json", "not valid JSON"):
+        take()
+    annotations.write_text(text.replace('"name": "7"', '"name": "seven"').replace('"name":"7"', '"name":"seven"'))
+    with refused("7"):
+        take()
+    annotations.unlink()
+    with refused("train.json"):
+        take()
+    annotations.write_text(text)
+    next((copy / "train").glob("*.png")).unlink()
+    with refused("1 of the 24"):
+        take()
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_classes_is_refused(config, data, tmp_path, refused):
+    run = pipeline.open_run(config, tmp_path / "run", {"model.bbox_head.num_classes": 11}, data_root=data)
+    with refused("num_classes=11", "10 classes"):
+        pipeline.train_dense(run)
+
+
+def test_wrong_settings_are_named(config, data, tmp_path, refused):
+    with refused("sidt", "trials", "0"):
+        opened(config, data, tmp_path, trials=0)
+    with refused("no detection run"):
+        pipeline.open_run(tmp_path)
+    with refused("there is no config"):
+        pipeline.open_run(tmp_path / "absent.py")
+    path = tmp_path / "broken.py"
+    path.write_text("model = dict(\n")
+    with refused("broken.py"):
+        pipeline.open_run(path)
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sidt", "detect", "search", str(tmp_path / "absent.py")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("sidt: there is no config") and said.count("\n") == 1
+
+
+def test_another_split_needs_another_run(run, config, data, refused):
+    with refused("split", "another run folder"):
+        pipeline.search(opened(run, data, None, seed=5), print)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_describes_a_searchable_detector(path):
+    config = read_config(path)
+    detection_configs.source_of(config, "train_dataloader")
+    if path.name.startswith("mask_rcnn_vit"):
+        config.model.backbone.pretrained = False  # its weights come from the hub
+    text = path.read_text()
+    assert text.startswith(("#", '"""')) and "Result" in text
+    detector = build_detector(config)
+    space = detector_space(detector, config.model, (3, 128, 192))
+    rows = parts(space)
+    assert sum(row.params for row in rows.values()) == sum(p.numel() for p in detector.parameters())
+    assert rows["backbone"].params == sum(p.numel() for p in detector.backbone.parameters())
+    assert rows["backbone"].macs > 0 and all(row.macs > 0 for name, row in rows.items() if "loss" not in name)
