@@ -15,12 +15,13 @@ import torch
 from sidt.files import write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "fvcore", "torch-pruning")
+_DETECTION = ("onedl-mmdetection", "onedl-mmengine", "onedl-mmcv", "pycocotools")
 
 
 def environment() -> dict[str, Any]:
     """Command, commit, date, machine and versions of this run."""
     versions = {}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_DETECTION):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -16,6 +16,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from sidt.checkpoint import create_model, load, load_weights
+from sidt.detection.configs import without_weights
 from sidt.errors import InputError
 from sidt.files import read_json
 from sidt.plan import DimensionPlan, load_plan
@@ -237,8 +238,7 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
     Raises:
         InputError: the plan is missing, damaged, or for another backbone.
     """
-    ignored = ("init_cfg", "pretrained", "checkpoint")
-    backbone = MODELS.build({key: value for key, value in dense.items() if key not in ignored})
+    backbone = MODELS.build(without_weights(dense))
     prefix, module = searchable(backbone)
     # MMDetection's own backbones do not say their image size; any would do, as the cost is not asked for, if they
     # had no position embeddings.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sidt.checkpoint import fit_weights, read_weights
 from sidt.detection.backbones import map_dimensions, searchable
-from sidt.detection.configs import build_detector, read_config
+from sidt.detection.configs import build_detector, read_config, without_weights
 from sidt.errors import InputError
 from sidt.files import dump_json, replacing
 from sidt.plan import DimensionPlan
@@ -63,15 +63,22 @@ def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Se
     """
     plan: DimensionPlan | None = getattr(detector, "sidt_plan", None)
     own = Config(config.to_dict())
+    if own.model.backbone.type != "SlicedBackbone":
+        own.model["backbone"] = without_weights(own.model.backbone.to_dict())
     imports = list((own.get("custom_imports") or {}).get("imports", ()))
     if _MODELS not in imports:
         own.custom_imports = {"imports": [*imports, _MODELS], "allow_failed_imports": False}
     if plan is not None:
         _slice_config(own, plan, map_dimensions(detector.backbone, plan.space))
+    dense = own.model.backbone.dense if plan is not None else own.model.backbone
+    files: dict[str, bytes] = {}
+    if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
+        files = {f"backbone/{n}": (Path(dense.model) / n).read_bytes() for n in ("config.json", PLAN, WEIGHTS)}
+        dense.model = f"{_HERE}/backbone"
     own.load_from = f"{_HERE}/{WEIGHTS}"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in detector.state_dict().items()}
     meta = {"format": "pt", "dataset_meta": json.dumps({"classes": list(classes)})}
-    files = {CONFIG: own.dump().encode(), WEIGHTS: dump_tensors(state, metadata=meta)}
+    files |= {CONFIG: own.dump().encode(), WEIGHTS: dump_tensors(state, metadata=meta)}
     if plan is not None:
         files[PLAN] = dump_json(plan.to_json()).encode()
     with ExitStack() as stack:

@@ -1,5 +1,6 @@
 """MMDetection configs: reading them, what they say of their data, and the detectors they build."""
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
 
 
 def build_detector(config: Config) -> nn.Module:
-    """The detector of a config, with the weights that its layers start with; nothing is downloaded.
+    """The detector of a config, for a checkpoint to come: pretrained weights are neither downloaded nor read.
 
     Raises:
         InputError: MMDetection cannot build it.
@@ -55,13 +56,20 @@ def build_detector(config: Config) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            detector: nn.Module = MODELS.build(config.model)
+            bare = copy.deepcopy(config.model)
+            bare["backbone"] = ConfigDict(without_weights(bare.backbone))
+            detector: nn.Module = MODELS.build(bare)
     except InputError:
         raise
     except Exception as error:  # constructors raise nearly anything
         cause = error.__cause__
         raise (cause if isinstance(cause, InputError) else InputError(_unbuildable(config, error))) from None
     return detector
+
+
+def without_weights(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a backbone without where its weights would come from."""
+    return {key: value for key, value in backbone.items() if key not in ("init_cfg", "pretrained", "checkpoint")}
 
 
 def _unbuildable(config: Config, error: Exception) -> str:
@@ -154,6 +162,24 @@ def check_classes(detector: nn.Module, classes: tuple[str, ...], config: Config)
             )
 
 
+def with_data(config: Config, loader: str, annotations: Path, images: Path | None = None) -> Config:
+    """A copy of a config whose loader, and its evaluator, read another annotation file (and other images)."""
+    own = Config(config.to_dict(), filename=config.filename)
+    dataset = dataset_of(own, loader)
+    dataset.ann_file = str(annotations.resolve())
+    if images is not None:
+        dataset.data_prefix = {**(dataset.get("data_prefix") or {}), "img": str(images.resolve())}
+    for evaluator in _evaluators(own, loader.replace("dataloader", "evaluator")):
+        evaluator.ann_file = dataset.ann_file
+    return own
+
+
+def _evaluators(config: Config, name: str) -> list[ConfigDict]:
+    """The evaluators of a config that have an annotation file."""
+    found = config.get(name) or []
+    return [e for e in (found if isinstance(found, list | tuple) else [found]) if e.get("ann_file")]
+
+
 def move_data(config: Config, root: Path) -> None:
     """Let all loaders and evaluators of a config read below another folder than its ``data_root``."""
     new, old = f"{root}/", None
@@ -162,9 +188,6 @@ def move_data(config: Config, root: Path) -> None:
             dataset = dataset_of(config, loader)
             old = dataset.get("data_root") or old
             dataset.data_root = new
-    for name in ("val_evaluator", "test_evaluator"):
-        found = config.get(name)
-        for evaluator in found if isinstance(found, list | tuple) else [found]:
-            path = (evaluator or {}).get("ann_file")
-            if path and old:
-                evaluator.ann_file = new + os.path.relpath(path, old)
+    for evaluator in [*_evaluators(config, "val_evaluator"), *_evaluators(config, "test_evaluator")]:
+        if old:
+            evaluator.ann_file = new + os.path.relpath(evaluator.ann_file, old)

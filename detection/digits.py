@@ -29,7 +29,7 @@ _CONTRAST = 100.0  # least distance in RGB between a digit and what is behind it
 _TRIES = 20  # places tried for a digit before it is left out
 
 
-def write_digits(folder: Path, *, train: int = 1600, val: int = 200, size: int = 96, seed: int = 0) -> str:
+def write_digits(folder: Path, *, train: int = 2000, val: int = 200, size: int = 96, seed: int = 0) -> str:
     """Write a set of images of digits with COCO instances: boxes, masks and the categories "0" to "9", ids 1 to 10.
 
     ``folder`` gets ``train/*.png``, ``val/*.png``, ``annotations/train.json``, ``annotations/val.json`` and

@@ -8,7 +8,8 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from sidt.detection.configs import (
     Source,
     build_detector,
     check_classes,
-    dataset_of,
     input_size_of,
     move_data,
     read_config,
     source_of,
+    with_data,
 )
 from sidt.detection.detector import detector_space, parts, time_detector, whole
 from sidt.detection.evaluation import average_precision, results_table, test
@@ -57,6 +58,7 @@ from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
 
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+_TRAIN, _TEST = "train_dataloader", "test_dataloader"
 _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
 Say = Callable[[str], None]
 
@@ -116,10 +118,10 @@ def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
     """Train the dense detector as its config says, without the held-out images."""
     join(launcher)
     detector = build_detector(run.config)
-    detector_space(detector, run.config.model, _size(run))  # a backbone without a space is said now
-    source = _checked(run, detector, "train_dataloader")
-    _checked(run, detector, "test_dataloader")
-    config = _with_annotations(run, run.config, _split(run, source)["rest"])
+    detector_space(detector, run.config.model, input_size(run))  # a backbone without a space is said now
+    source = _checked(run, detector, _TRAIN)
+    _checked(run, detector, _TEST)
+    config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
     weights = Path(config.load_from) if config.get("load_from") else None
     last = train(config, weights, run.folder / "states", "train", launcher=launcher)
     if is_main_process():
@@ -133,7 +135,7 @@ def take_checkpoint(run: DetectionRun, checkpoint: Path) -> str:
     """Take a trained detector as the dense one."""
     detector = build_detector(run.config)
     load_weights(detector, checkpoint)
-    source = _checked(run, detector, "train_dataloader")
+    source = _checked(run, detector, _TRAIN)
     save_detector(detector, run.config, run.folder / "dense", source.classes)
     return f"dense detector, from {checkpoint} -> {run.folder / 'dense'}"
 
@@ -145,13 +147,13 @@ def search(run: DetectionRun, say: Say) -> str:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
     _existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
     detector, config = load_detector(run.folder / "dense")
-    source = _checked(run, detector, "train_dataloader")
+    source = _checked(run, detector, _TRAIN)
     split = _split(run, source)
-    space = detector_space(detector, config.model, _size(run))
+    space = detector_space(detector, config.model, input_size(run))
     _check_width(space, settings)
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
-    config = _with_annotations(run, config, split["rest"])
+    config = with_data(config, _TRAIN, split["rest"])
     scores = _scores(detector, config, settings, space, say)
     scores.save(run.folder / "scores.safetensors")
     objective = _objective(run, config, source, split["holdout"], None)
@@ -210,8 +212,8 @@ def finetune(run: DetectionRun, options: Mapping[str, Any] | None = None, *, lau
     sliced = _existing(run, "sliced", "search")
     config = read_config(sliced / CONFIG, {**run.settings.finetune, **(options or {})})
     detector = build_detector(config)
-    source = _checked(run, detector, "train_dataloader")
-    config = _with_annotations(run, config, _split(run, source)["rest"])
+    source = _checked(run, detector, _TRAIN)
+    config = with_data(config, _TRAIN, _split(run, source)["rest"])
     last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
     if is_main_process():
         detector, original = load_detector(sliced)
@@ -231,7 +233,7 @@ def evaluate(
     if not there:
         raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
     rows = {
-        name: evaluate_detector(folder, _size(run), launcher=launcher, per_class=per_class, latency=latency)
+        name: evaluate_detector(folder, input_size(run), launcher=launcher, per_class=per_class, latency=latency)
         for name, folder in there.items()
     }
     if not is_main_process():
@@ -244,13 +246,24 @@ def evaluate_detector(
     folder: Path,
     input_size: tuple[int, int, int],
     *,
+    data: tuple[Path, Path] | None = None,
     launcher: str = "none",
     per_class: bool = False,
     latency: bool = True,
 ) -> dict[str, Any]:
-    """COCO scores, costs and latency of one detector's folder."""
+    """COCO scores, costs and latency of one detector's folder.
+
+    Args:
+        folder: the detector's.
+        input_size: channels, height, width of the image that costs are stated at.
+        data: annotation file and folder of images; default: the config's test data.
+        launcher: MMEngine's, for several processes.
+        per_class: whether to give the AP of each class too.
+        latency: whether to time the detector.
+    """
     detector, config = load_detector(folder)
-    source = source_of(config, "test_dataloader")
+    config = config if data is None else with_data(config, _TEST, *data)
+    source = source_of(config, _TEST)
     _check_source(source)
     check_classes(detector, source.classes, config)
     config = prepared(config, folder / "evaluation", launcher)
@@ -273,7 +286,7 @@ def draw(run: DetectionRun, images: int) -> str:
     """Draw what each detector of the run finds in the first test images, side by side."""
     folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
     detectors = {name: load_detector(folder) for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
-    source = source_of(run.config, "test_dataloader")
+    source = source_of(run.config, _TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
     draw_side_by_side(detectors, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
@@ -289,7 +302,8 @@ def _existing(run: DetectionRun, name: str, step: str) -> Path:
     return folder
 
 
-def _size(run: DetectionRun) -> tuple[int, int, int]:
+def input_size(run: DetectionRun) -> tuple[int, int, int]:
+    """Channels, height, width of the image that a run's costs are stated at."""
     return run.settings.input_size or input_size_of(run.config)
 
 
@@ -319,13 +333,6 @@ def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
     return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
 
 
-def _with_annotations(run: DetectionRun, config: Config, annotations: Path) -> Config:
-    """A copy of a config that trains on other annotations of the same images."""
-    own = Config(config.to_dict(), filename=config.filename)
-    dataset_of(own, "train_dataloader").ann_file = str(annotations.resolve())
-    return own
-
-
 def _check_width(space: DimensionSpace, settings: Settings) -> None:
     widths = [d for d in space.dimensions.values() if d.kind == "width"]
     if "width" in settings.kinds and widths and all(d.fixed for d in widths):
@@ -351,21 +358,33 @@ def _scores(detector: nn.Module, config: Config, settings: Settings, space: Dime
 
 def _objective(run: DetectionRun, config: Config, source: Source, annotations: Path, folds: int | None) -> Objective:
     """What a trial is judged by, on the training images of an annotation file."""
-    own = _with_annotations(run, config, annotations)
     if run.settings.objective == "loss":
         count = len(read_json(annotations)["images"])
-        batches = read_batches(own, count, batch_size=1, seed=run.settings.seed)
+        batches = read_batches(with_data(config, _TRAIN, annotations), count, batch_size=1, seed=run.settings.seed)
         return lambda detector: minus_losses(detector, batches)
-    loader = Config({"loader": own.test_dataloader.to_dict()}).loader
-    dataset = dataset_of(Config({"test_dataloader": loader}), "test_dataloader")
-    dataset.update(ann_file=str(annotations.resolve()), data_root="", data_prefix={"img": str(source.images.resolve())})
+    loader = with_data(config, _TEST, annotations, source.images).test_dataloader
     loader.update(num_workers=0, persistent_workers=False)
     images = Runner.build_dataloader(loader, seed=0)
 
     def ap(detector: nn.Module) -> np.ndarray:
-        return average_precision(detector, images, annotations, source.classes, folds=folds)
+        with _without_masks(detector):
+            return average_precision(detector, images, annotations, source.classes, folds=folds)
 
     return ap
+
+
+@contextmanager
+def _without_masks(detector: Any) -> Iterator[None]:
+    """Box AP needs no masks, which are a fifth of the cost of a Mask R-CNN."""
+    roi_head = getattr(detector, "roi_head", None)
+    mask_head = getattr(roi_head, "mask_head", None)
+    if mask_head is not None:
+        roi_head.mask_head = None
+    try:
+        yield
+    finally:
+        if mask_head is not None:
+            roi_head.mask_head = mask_head
 
 
 def _named(settings: Settings) -> str:

@@ -11,7 +11,8 @@ A line gives one expression for each axis of a tensor, separated by commas::
 - ``name!`` says that the name must stay whole, because statistics are taken over it here.
 - ``|`` separates whole alternatives; the one whose sizes fit the tensor is taken.
 - ``embed.{s-1}`` is the instance of ``embed`` with that index; ``{-1}`` is the last one. A bare name takes
-  the indices of the line it stands in.
+  the indices of the line it stands in. What would stand before the first (``{s-1}`` where s is 0) is what the
+  model is given, and has the size that the tensor has, as ``_``.
 
 This module knows text, sizes and indices; it knows neither models nor files.
 """
@@ -46,6 +47,7 @@ ParsedAxis = tuple[tuple[Factor, ...], ...]
 ParsedLine = tuple[ParsedAxis, ...]
 
 _FACTOR = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<indices>(?:\.\{[^{}]+\})*)(?P<fixed>!?)")
+_PLUS = re.compile(r"\+(?![^{}]*\})")  # not that of {s+1}
 _INDEX = re.compile(r"(?:(?P<variable>[a-z])\s*)?(?P<offset>[+-]?\s*\d+)?")
 
 
@@ -71,7 +73,7 @@ def parse_line(line: str) -> tuple[ParsedLine, ...]:
     for alternative in line.split("|"):
         axes = []
         for axis in alternative.split(","):
-            terms = tuple(tuple(_parse_factor(t, line) for t in term.split()) for term in axis.split("+"))
+            terms = tuple(tuple(_parse_factor(t, line) for t in term.split()) for term in _PLUS.split(axis))
             if not all(terms):
                 raise InputError(f"empty axis or term in the axes {line!r}; write _ for an axis that is not searched")
             if axis.strip() != "_" and any(f == Factor() for term in terms for f in term):

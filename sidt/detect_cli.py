@@ -48,8 +48,15 @@ def detection(module: str) -> Any:
     Raises:
         InputError: the detection extra is not installed; the message says the command that installs it.
     """
+    import io
+    import warnings
+    from contextlib import redirect_stdout
+
     try:
-        return import_module(f"sidt.detection.{module}")
+        # MMDetection tells what optional packages it has not found.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(f"sidt.detection.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("mmdet", "mmcv", "mmengine", "pycocotools"):
             raise
@@ -100,6 +107,8 @@ def train(
 ) -> None:
     """Train the dense detector with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("pipeline")
+    if source.is_dir():
+        raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
     values = _mixed_precision(_parsed(options), amp)
     run = pipeline.open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
     click.echo(pipeline.train_dense(run, launcher=launcher))
@@ -227,9 +236,8 @@ def evaluate(
 @click.option("--seed", type=int, default=0, show_default=True)
 def digits(folder: Path, seed: int, **numbers: int | None) -> None:
     """Write the digits detection set to FOLDER, in COCO format."""
-    from sidt.detection.digits import write_digits
-
-    click.echo(write_digits(folder, seed=seed, **{k: v for k, v in numbers.items() if v is not None}))
+    given = {name: value for name, value in numbers.items() if value is not None}
+    click.echo(detection("digits").write_digits(folder, seed=seed, **given))
 
 
 @detect.command()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from backbones import PVT, SWIN, VIT_TINY, dense
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +10,6 @@ from sidt import Budget, allocate, importance
 from sidt.complexity import PlanCosts
 from sidt.families import INNER_KINDS, KINDS
 from sidt.importance import Importance
-from backbones import PVT, SWIN, VIT_TINY, dense
 
 FAMILIES = (VIT_TINY, SWIN, PVT)
 

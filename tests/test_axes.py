@@ -26,6 +26,8 @@ def test_parse_alternatives_and_several_indices():
     first, second = axes.parse_line("hidden, a.{i}.{2} | hidden + hidden, _")
     assert first[1] == ((factor("a", "i", "2"),),)
     assert second == (((factor("hidden"),),) * 2, ((Factor(),),))
+    (line,) = axes.parse_line("a.{s+1} + a.{s-1}")
+    assert line == (((factor("a", "s+1"),), (factor("a", "s-1"),)),)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""timm's backbones in MMDetection: maps, channels, weights that stay, and slices; and the feature pyramid."""
+"""timm's backbones in MMDetection: maps, channels, weights that stay, and slices."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from backbones import (
     DISTILLED,
     MMDET_BACKBONES,
+    MMDET_SWIN,
     PVT,
     SWIN,
     SWIN_V2,
@@ -22,13 +23,13 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from timm.models.resnet import ResNet
 from torch import nn
 
 import sidt
+import sidt.detection.models  # registers the backbones and the neck
 from sidt.detection.backbones import TimmBackbone, map_dimensions, searchable, slice_backbone, sliced_backbone
-from sidt.detection.pyramid import SimpleFeaturePyramid
 from sidt.plan import DimensionPlan
 from sidt.space import space_for
 
@@ -267,11 +268,12 @@ def test_mmengine_does_not_draw_the_weights_again(backbone):
     assert changed == {"neck", "bbox_head"}
 
 
-def test_nor_those_of_a_slice(tmp_path):
-    dense_backbone = MODELS.build(config(PVT))
-    plan = random_plan(space_for(dense_backbone.model, PVT.input_size), 0)
-    model = detector(config(PVT), {"type": "FPN", "in_channels": [32, 64, 160, 256], "out_channels": 16, "num_outs": 4})
-    model.backbone = slice_backbone(shake(dense_backbone), plan)
+def test_nor_those_of_a_slice():
+    """MMDetection's own Swin draws new weights whenever it is asked to."""
+    module, space = dense(MMDET_SWIN)
+    neck = {"type": "FPN", "in_channels": [24, 48, 96, 192], "out_channels": 16, "num_outs": 4}
+    model = detector({"type": MMDET_SWIN.name, **MMDET_SWIN.kwargs}, neck)
+    model.backbone = slice_backbone(module, random_plan(space, 0))
     before = {key: tensor.clone() for key, tensor in model.backbone.state_dict().items()}
     model.init_weights()
     assert all(torch.equal(before[key], tensor) for key, tensor in model.backbone.state_dict().items())
@@ -388,47 +390,3 @@ def test_plans_that_do_not_fit(tmp_path, refused):
         sliced_backbone(config(VIT_TINY), str(tmp_path / "plan.json"))
     with refused("another model"):
         slice_backbone(built(VIT_TINY), random_plan(dense(PVT)[1], 0))
-
-
-# --- the pyramid ---------------------------------------------------------------------------------------------------
-
-
-def test_the_pyramid_has_the_parameters_of_vitdet():
-    """Counted by hand for ViT-B: 768 channels, 256 out, as in the paper's implementation."""
-    neck = SimpleFeaturePyramid(768, 256, 384, num_outs=5)
-    norm, three = 2 * 256, 256 * 256 * 9
-    up = 768 * 384 * 4 + 384
-    assert [sum(p.numel() for p in level.parameters()) for level in neck.levels] == [
-        up + 2 * 384 + 384 * 192 * 4 + 192 + 192 * 256 + norm + three + norm,
-        up + 384 * 256 + norm + three + norm,
-        768 * 256 + norm + three + norm,
-        768 * 256 + norm + three + norm,
-    ]
-
-
-def test_the_pyramid_has_a_map_for_every_scale():
-    neck = SimpleFeaturePyramid([24], out_channels=8, hidden_channels=12, num_outs=6)
-    maps = neck((torch.randn(1, 24, 5, 7),))
-    sizes = [(20, 28), (10, 14), (5, 7), (3, 4), (2, 2), (1, 1)]
-    assert [tuple(m.shape) for m in maps] == [(1, 8, *size) for size in sizes]
-    sum(m.square().sum() for m in maps).backward()
-    assert all(p.grad is not None for p in neck.parameters())
-    two = SimpleFeaturePyramid(24, 8, 12, scales=(2, 0.5))
-    assert [tuple(m.shape[2:]) for m in two(torch.randn(1, 24, 4, 4))] == [(8, 8), (2, 2)]
-
-
-def test_only_its_input_follows_the_backbones_width():
-    """Every tensor of a neck for a narrower backbone is the same, or shorter along one axis, the width."""
-    wide, narrow = SimpleFeaturePyramid(24, 8, 12), SimpleFeaturePyramid(18, 8, 12)
-    for (name, a), b in zip(wide.named_parameters(), narrow.parameters(), strict=True):
-        different = [(x, y) for x, y in zip(a.shape, b.shape, strict=True) if x != y]
-        assert different in ([], [(24, 18)]), name
-
-
-def test_pyramids_that_cannot_be_built(refused):
-    with refused("scales=[3, 1]", "0.5"):
-        SimpleFeaturePyramid(24, 8, 12, scales=(3, 1))
-    with refused("scales=[1, 2]"):
-        SimpleFeaturePyramid(24, 8, 12, scales=(1, 2))
-    with refused("num_outs=2", "4 scales"):
-        SimpleFeaturePyramid(24, 8, 12, num_outs=2)

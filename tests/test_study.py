@@ -3,12 +3,12 @@
 import numpy as np
 import optuna
 import pytest
+from backbones import SWIN, VIT_TINY, dense
 
 from sidt import Budget, allocate, importance, search
 from sidt.allocation import Rules
 from sidt.complexity import PlanCosts
 from sidt.study import Gain
-from backbones import SWIN, VIT_TINY, dense
 
 BUDGET = Budget(params=0.7)
 

@@ -102,7 +102,7 @@ optim_wrapper = dict(
 warm_up = dict(type="LinearLR", start_factor=0.01, begin=0, end=1, convert_to_iter_based=True)
 cosine = dict(type="CosineAnnealingLR", eta_min=0.0, begin=1, convert_to_iter_based=True)
 param_scheduler = [warm_up, dict(**cosine, end=epochs, T_max=epochs - 1)]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=epochs))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=1))
 randomness = dict(seed=0)
 
 sidt = dict(

@@ -1,0 +1,163 @@
+"""Detectors on the digits detection set, pruned by scores from their own loss and from classification.
+
+    python benchmarks/detection.py --seeds 0,1,2
+
+For every seed: the small detector of configs/detection/digits_<backbone>.py is trained; its backbone is scored by the
+detector's loss and by the cross-entropy of a linear classifier of single digits on the same backbone; plans of equal
+multiply-adds are sliced and fine-tuned alike. Everything is kept below --runs, so a stopped benchmark goes on.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from mmengine.config import Config
+from results import environment, write_results
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from sidt import importance as criteria
+from sidt.allocation import allocate
+from sidt.batches import make_loader
+from sidt.budget import Budget
+from sidt.data import DataConfig, load_data
+from sidt.detection import pipeline
+from sidt.detection.checkpoints import CONFIG, load_detector, save_detector
+from sidt.detection.configs import source_of
+from sidt.detection.detector import detector_space, parts
+from sidt.detection.digits import write_digits
+from sidt.detection.loss import detector_loss, read_batches
+from sidt.files import read_json, write_json
+from sidt.importance import Importance
+from sidt.report import table
+from sidt.space import DimensionSpace
+from sidt.surgery import slice_model
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs" / "detection"
+SCORE_IMAGES = 256
+
+
+class Classifier(nn.Module):
+    """A detector's backbone with a linear classifier on the means of its maps."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.cat([m.mean((2, 3)) for m in self.backbone(images)], 1))
+
+
+def classification_scores(detector: Any, config: Config, space: DimensionSpace, seed: int) -> tuple[Importance, float]:
+    """Taylor scores of a digit classifier on the detector's backbone, and its accuracy on held-out digits."""
+    mean, std = (tuple(v / 255 for v in config.model.data_preprocessor[name]) for name in ("mean", "std"))
+    side = space.trace.input_size[1]
+    data = load_data(DataConfig(name="digits", image_size=side, mean=mean, std=std, seed=seed))
+    model = Classifier(detector.backbone)
+    model.eval()
+    with torch.no_grad():
+        sets = [
+            [(model(images), labels) for images, labels in make_loader(part, 64)]
+            for part in (data.calibration, data.holdout)
+        ]
+    (train, train_labels), (held, held_labels) = [
+        (torch.cat([f for f, _ in pairs]), torch.cat([n for _, n in pairs])) for pairs in sets
+    ]
+    fitted = LogisticRegression(max_iter=5000).fit(train.numpy(), train_labels.numpy())
+    model.head = nn.Linear(*reversed(fitted.coef_.shape))
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(fitted.coef_))
+        model.head.bias.copy_(torch.from_numpy(fitted.intercept_))
+    images = torch.utils.data.Subset(data.calibration, range(SCORE_IMAGES))
+    scores = criteria.taylor(model, make_loader(images, 64), space=space)
+    return scores, float(fitted.score(held.numpy(), held_labels.numpy()))
+
+
+def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: Path, options: dict[str, Any]) -> dict:
+    """Train, score, slice and fine-tune with one seed; what is there already is not done again."""
+    seeded = {"randomness.seed": seed, **options}
+    run = pipeline.open_run(CONFIGS / f"digits_{backbone}.py", folder, seeded, {"seed": seed}, data_root=data)
+    if not (folder / "dense" / CONFIG).is_file():
+        click.echo(pipeline.train_dense(run))
+    detector, config = load_detector(folder / "dense")
+    space = detector_space(detector, config.model, pipeline.input_size(run))
+    batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
+    by_classes, accuracy = classification_scores(detector, config, space, seed)
+    scores = {
+        "detection loss": criteria.taylor(detector, batches, detector_loss, space=space),
+        "classification": by_classes,
+    }
+    plans: dict[str, Any] = {"dense": None}
+    for share in shares:
+        for name, score in scores.items():
+            plans[f"{1 - share:.0%} fewer MACs, {name}"] = allocate(score, Budget(macs=share))
+    rows = {}
+    for name, plan in plans.items():
+        place = folder / name.replace(" ", "_").replace(",", "").replace("%", "")
+        part = pipeline.DetectionRun(place, run.config, run.settings)
+        if not (place / "row.json").is_file():
+            small = detector if plan is None else slice_model(detector, plan)
+            save_detector(small, config, place / "sliced", source_of(config, "train_dataloader").classes)
+            click.echo(f"seed {seed}, {name}: {pipeline.finetune(part)}")
+            row = {
+                step: pipeline.evaluate_detector(where, space.trace.input_size, latency=False)
+                for step, where in (("sliced", place / "sliced"), ("fine-tuned", place))
+            }
+            cost = parts(space, None if plan is None else plan.sizes)["backbone"]
+            write_json(place / "row.json", row | {"backbone": {"params": cost.params, "macs": cost.macs}})
+        rows[name] = read_json(place / "row.json")
+        click.echo(f"seed {seed}, {name}: " + ", ".join(f"{s} {rows[name][s]['bbox']['AP']:.3f}" for s in STEPS))
+    return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows}
+
+
+STEPS = ("sliced", "fine-tuned")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    deviation = f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{deviation}"
+
+
+@click.command()
+@click.option("--backbone", type=click.Choice(["swin", "vit"]), default="swin", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--shares", default="0.8,0.6", show_default=True, help="Multiply-adds that are left of the backbone.")
+@click.option("--runs", default="runs/detection", type=click.Path(path_type=Path), show_default=True)
+@click.option("--out", default=str(HERE / "results" / "detection"), type=click.Path(path_type=Path))
+def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path) -> None:
+    """Run all seeds, then write the results."""
+    where = environment()
+    click.echo(write_digits(runs / "digits"))
+    left = [float(s) for s in shares.split(",")]
+    found = [
+        one_seed(backbone, int(seed), left, runs / f"{backbone}-{seed}", runs / "digits", {})
+        for seed in seeds.split(",")
+    ]
+    rows = []
+    for name in found[0]["rows"]:
+        each = [result["rows"][name] for result in found]
+        scores = [[row[step]["bbox"][key] for row in each] for step in STEPS for key in ("AP", "AP50")]
+        cost = each[0]["backbone"]
+        label = "dense (trained on as long)" if name == "dense" else name
+        rows.append([label, *map(spread, scores), cost["params"], cost["macs"]])
+    headers = ["backbone", "AP", "AP50", "AP, fine-tuned", "AP50, fine-tuned", "backbone params", "backbone MACs"]
+    accuracies = ", ".join(f"{result['classifier_accuracy']:.1%}" for result in found)
+    images = len(read_json(runs / "digits" / "annotations" / "val.json")["images"])
+    notes = (
+        f"COCO box AP on the {images} test images, mean +- standard deviation over the seeds {seeds} (of training, "
+        "score images and held-out digits). The first two columns are of the sliced detector as it is, the next two "
+        f"after the fine-tuning of the config. Scores: group Taylor on {SCORE_IMAGES} images; plain ranking at equal "
+        "multiply-adds of the backbone, no search. Accuracy of the linear digit classifier on the detector's backbone: "
+        f"{accuracies}."
+    )
+    text = table(headers, rows, "md")
+    write_results(out, f"The digits detection set, digits_{backbone}.py", where, f"{text}\n\n{notes}", found)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
