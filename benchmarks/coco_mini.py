@@ -37,6 +37,7 @@ def options(epochs: int, scale: int) -> dict[str, Any]:
         "model.test_cfg.rpn.nms_pre": 500,
         "model.test_cfg.rpn.max_per_img": 200,
         "model.test_cfg.rcnn.max_per_img": 50,
+        "train_dataloader.dataset.pipeline.3.prob": 0.0,  # no flips: these very images are to be learned
         "train_dataloader.num_workers": 0,
         "train_dataloader.persistent_workers": False,
         "test_dataloader.num_workers": 0,
@@ -56,7 +57,7 @@ def options(epochs: int, scale: int) -> dict[str, Any]:
 
 @click.command()
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--epochs", default=40, show_default=True, help="Of the dense detector; fine-tuning takes a quarter.")
+@click.option("--epochs", default=30, show_default=True, help="Of the dense detector; fine-tuning takes a quarter.")
 @click.option("--scale", default=192, show_default=True, help="The shorter side of the images in pixels.")
 @click.option("--runs", default="runs/coco_mini", type=click.Path(path_type=Path), show_default=True)
 @click.option("--out", default=str(HERE / "results" / "coco_mini"), type=click.Path(path_type=Path))

@@ -14,13 +14,13 @@ from torch import nn
 
 from sidt.files import replacing
 
-_SCORE = 0.3  # boxes below are not drawn
+_SCORE = 0.2  # boxes below are not drawn
 
 
 def draw_side_by_side(
     detectors: Mapping[str, tuple[nn.Module, Config]], images: list[Path], classes: tuple[str, ...], path: Path
 ) -> None:
-    """Draw one row an image, one column a detector, with the boxes that score above 0.3.
+    """Draw one row an image, one column a detector, with the boxes that score above 0.2.
 
     Args:
         detectors: by title, each with its config, whose test pipeline reads the images.
@@ -31,12 +31,12 @@ def draw_side_by_side(
     size = 2.6
     figure = Figure(figsize=(size * len(detectors), size * len(images) + 0.3), layout="constrained")
     grid = np.asarray(figure.subplots(len(images), len(detectors), squeeze=False))
+    for axes, title in zip(grid[0], detectors, strict=True):
+        axes.set_title(title)
     for row, image in zip(grid, images, strict=True):
-        for axes, (title, (detector, config)) in zip(row, detectors.items(), strict=True):
+        for axes, (detector, config) in zip(row, detectors.values(), strict=True):
             axes.imshow(_drawn(detector, config, image, classes))
             axes.set_axis_off()
-            if row is grid[0]:
-                axes.set_title(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)
 
