@@ -14,7 +14,8 @@ import click
 from results import environment, write_results
 
 from sidt.detection import pipeline
-from sidt.detection.checkpoints import WEIGHTS
+from sidt.detection.checkpoints import WEIGHTS, load_detector
+from sidt.detection.configs import with_data
 from sidt.detection.evaluation import results_table
 from sidt.files import read_json, write_json
 
@@ -94,14 +95,15 @@ def main(data: Path, epochs: int, scale: int, runs: Path, out: Path) -> None:
             done = runs / "rows" / f"{name.split()[-1]}-{images}.json"
             if not done.is_file():
                 places = (data / "annotations" / f"instances_{images}.json", data / images)
-                row = pipeline.evaluate_detector(folder, pipeline.input_size(run), data=places)
+                config = with_data(load_detector(folder)[1], "test_dataloader", *places)
+                row = pipeline.evaluate_detector(folder, config, pipeline.input_size(run), latency=False)
                 write_json(done, row | {"images": len(read_json(places[0])["images"])})
             rows[f"{name}, {images}"] = read_json(done)
     found = read_json(runs / pipeline.SEARCH)
     notes = (
         f"{rows['dense, train2017']['images']} photographs of train2017 (8 of them held out of the training for the "
         f"search, all of them evaluated) and {rows['dense, val2017']['images']} of val2017, shorter side {scale} px, "
-        f"from random weights, {epochs} epochs; fine-tuned for {tuned}. One seed. MACs and latency (this CPU) for one "
+        f"from random weights, {epochs} epochs; fine-tuned for {tuned}. One seed. MACs for one "
         f"image of {'x'.join(map(str, rows['dense, val2017']['input_size']))}. Search: {len(found['values'])} trials, "
         f"{found['objective']}; {found['gain']['says']}."
     )

@@ -103,7 +103,7 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
             save_detector(small, config, place / "sliced", source_of(config, "train_dataloader").classes)
             click.echo(f"seed {seed}, {name}: {pipeline.finetune(part)}")
             row = {
-                step: pipeline.evaluate_detector(where, space.trace.input_size, latency=False)
+                step: pipeline.evaluate_detector(where, config, space.trace.input_size, latency=False)
                 for step, where in (("sliced", place / "sliced"), ("fine-tuned", place))
             }
             cost = parts(space, None if plan is None else plan.sizes)["backbone"]

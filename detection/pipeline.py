@@ -7,20 +7,18 @@
     evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
 """
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from mmengine.runner import Runner
 from torch import nn
 
-from sidt import importance as criteria
 from sidt.allocation import Rules
 from sidt.config import parse
 from sidt.detection.annotations import check_annotations, write_subsets
@@ -42,34 +40,42 @@ from sidt.detection.configs import (
     with_data,
 )
 from sidt.detection.detector import detector_space, parts, time_detector, whole
-from sidt.detection.evaluation import average_precision, results_table, test
-from sidt.detection.loss import detector_loss, minus_losses, read_batches
+from sidt.detection.evaluation import results_table, test
+from sidt.detection.objective import Say, measured_scores, named, objective, says, shown
 from sidt.detection.pictures import draw_side_by_side
 from sidt.detection.settings import Settings
 from sidt.detection.training import join, prepared, train
 from sidt.devices import resolve_device
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
-from sidt.importance import Importance
+from sidt.importance import Importance, load_importance
 from sidt.report import Format
 from sidt.space import DimensionSpace
-from sidt.study import Gain, Objective
 from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
 
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
 _TRAIN, _TEST = "train_dataloader", "test_dataloader"
 _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DetectionRun:
-    """A run folder, the config of the dense detector, and the settings in it."""
+    """A run folder, the config of the dense detector, the settings in it, and what it differs in from its file.
+
+    Attributes:
+        folder: the run folder.
+        config: of the dense detector, with what was replaced.
+        settings: those of its section ``sidt``.
+        options: values of the config that were replaced, by dotted key.
+        data_root: the folder of the data, if it was replaced.
+    """
 
     folder: Path
     config: Config
     settings: Settings
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data_root: Path | None = None
 
 
 def open_run(
@@ -108,7 +114,7 @@ def open_run(
     checked = parse(Settings, merged, f"{path}, section sidt")
     resolve_device(checked.device)
     config.sidt = checked.model_dump(mode="json")
-    return DetectionRun(folder, config, checked)
+    return DetectionRun(folder, config, checked, dict(options or {}), data_root)
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -123,6 +129,8 @@ def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
     _checked(run, detector, _TEST)
     config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
     weights = Path(config.load_from) if config.get("load_from") else None
+    if weights is not None and not weights.is_file():
+        raise InputError(f"load_from={config.load_from} is no file here; download it, or set load_from=None")
     last = train(config, weights, run.folder / "states", "train", launcher=launcher)
     if is_main_process():
         load_weights(detector, last)
@@ -131,11 +139,11 @@ def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
     return f"dense detector -> {run.folder / 'dense'}"
 
 
-def take_checkpoint(run: DetectionRun, checkpoint: Path) -> str:
-    """Take a trained detector as the dense one."""
+def take_checkpoint(run: DetectionRun, checkpoint: Path, *, only_test: bool = False) -> str:
+    """Take a trained detector as the dense one; with ``only_test``, without a look at the training data."""
     detector = build_detector(run.config)
     load_weights(detector, checkpoint)
-    source = _checked(run, detector, _TRAIN)
+    source = _checked(run, detector, _TEST if only_test else _TRAIN)
     save_detector(detector, run.config, run.folder / "dense", source.classes)
     return f"dense detector, from {checkpoint} -> {run.folder / 'dense'}"
 
@@ -146,7 +154,7 @@ def search(run: DetectionRun, say: Say) -> str:
     if settings.budget is None:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
     _existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
-    detector, config = load_detector(run.folder / "dense")
+    detector, config = _opened(run, run.folder / "dense")
     source = _checked(run, detector, _TRAIN)
     split = _split(run, source)
     space = detector_space(detector, config.model, input_size(run))
@@ -154,32 +162,32 @@ def search(run: DetectionRun, say: Say) -> str:
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
     config = with_data(config, _TRAIN, split["rest"])
-    scores = _scores(detector, config, settings, space, say)
-    scores.save(run.folder / "scores.safetensors")
-    objective = _objective(run, config, source, split["holdout"], None)
+    scores = _scores(run, detector, config, space, say)
+    judge = objective(config, settings, source, split["holdout"], None)
     begin = time.perf_counter()
-    dense_value = float(np.mean(objective(detector)))
+    dense_value = float(np.mean(judge(detector)))
     seconds = time.perf_counter() - begin
     held = len(read_json(split["holdout"])["images"])
-    of = f"{_named(settings)} on {held} held-out training images"
-    say(f"dense: {_shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
+    of = f"{named(settings)} on {held} held-out training images"
+    say(f"dense: {shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
     result = optuna_search(
         detector,
         scores,
         settings.budget.value(),
-        objective,
-        fresh=_objective(run, config, source, split["fresh"], min(_FOLDS, held)),
+        judge,
+        fresh=objective(config, settings, source, split["fresh"], min(_FOLDS, held)),
         trials=settings.trials,
         timeout=settings.timeout,
         seed=settings.seed,
         rules=Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to),
         storage=settings.storage or f"sqlite:///{(run.folder / 'study.db').resolve()}",
-        label=f"{of}, seed {settings.seed}",
+        label=f"{of}, seed {settings.seed}, budget of the {settings.on} at {space.trace.input_size}",
     )
     assert result.gain is not None
-    says = _says(settings, result.gain)
+    verdict = says(settings, result.gain)
     result.plan.save(run.folder / PLAN)
     full, small = parts(space), parts(space, result.plan.sizes)
+    values = [trial.values[0] for trial in result.study.trials if trial.values is not None]
     write_json(
         run.folder / SEARCH,
         {
@@ -189,8 +197,13 @@ def search(run: DetectionRun, say: Say) -> str:
             "dense": dense_value,
             "plain": result.plain_value,
             "best": result.value,
-            "values": [t.values[0] for t in result.study.trials if t.values is not None],
-            "gain": {"plain": result.gain.plain, "found": result.gain.found, "error": result.gain.error, "says": says},
+            "values": values,
+            "gain": {
+                "plain": result.gain.plain,
+                "found": result.gain.found,
+                "error": result.gain.error,
+                "says": verdict,
+            },
             "parts": {
                 n: {"dense": [r.params, r.macs], "sliced": [small[n].params, small[n].macs]} for n, r in full.items()
             },
@@ -200,18 +213,16 @@ def search(run: DetectionRun, say: Say) -> str:
     sliced = slice_model(detector, result.plan)
     save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
-    return (
-        f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {settings.trials} trials; {says} "
-        f"-> {run.folder / 'sliced'}"
-    )
+    left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
+    return f"{left}; {verdict} -> {run.folder / 'sliced'}"
 
 
 def finetune(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
     """Train the sliced detector further; the result is the run folder's own detector."""
     join(launcher)
     sliced = _existing(run, "sliced", "search")
-    config = read_config(sliced / CONFIG, {**run.settings.finetune, **(options or {})})
-    detector = build_detector(config)
+    changes = {**run.options, **run.settings.finetune, **(options or {})}
+    detector, config = _opened(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
     source = _checked(run, detector, _TRAIN)
     config = with_data(config, _TRAIN, _split(run, source)["rest"])
     last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
@@ -228,41 +239,47 @@ def evaluate(
 ) -> str:
     """COCO scores on the test data, parameters, multiply-adds and latency of the detectors that are there."""
     join(launcher)
-    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
-    there = {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+    there = _detectors(run)
     if not there:
         raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
-    rows = {
-        name: evaluate_detector(folder, input_size(run), launcher=launcher, per_class=per_class, latency=latency)
-        for name, folder in there.items()
-    }
+    _check_one_plan(run)
+    size, device, rows = input_size(run), run.settings.device, {}
+    for name, folder in there.items():
+        config = _opened(run, folder)[1]
+        rows[name] = evaluate_detector(
+            folder, config, size, launcher=launcher, per_class=per_class, latency=latency, device=device
+        )
     if not is_main_process():
         return ""
     write_json(run.folder / EVALUATION, rows)
-    return results_table(rows, style)
+    text = results_table(rows, style)
+    shape = "x".join(map(str, size))
+    timed = f"; latency on {resolve_device(device)}" if latency else ""
+    return text if style == "csv" else f"{text}\n\nMACs for one {shape} image{timed}."
 
 
 def evaluate_detector(
     folder: Path,
+    config: Config,
     input_size: tuple[int, int, int],
     *,
-    data: tuple[Path, Path] | None = None,
     launcher: str = "none",
     per_class: bool = False,
     latency: bool = True,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """COCO scores, costs and latency of one detector's folder.
 
     Args:
         folder: the detector's.
+        config: its config, perhaps with other test data.
         input_size: channels, height, width of the image that costs are stated at.
-        data: annotation file and folder of images; default: the config's test data.
         launcher: MMEngine's, for several processes.
         per_class: whether to give the AP of each class too.
         latency: whether to time the detector.
+        device: where it is timed; MMEngine tests on a GPU if there is one.
     """
-    detector, config = load_detector(folder)
-    config = config if data is None else with_data(config, _TEST, *data)
+    detector, _ = load_detector(folder)
     source = source_of(config, _TEST)
     _check_source(source)
     check_classes(detector, source.classes, config)
@@ -278,14 +295,15 @@ def evaluate_detector(
         "input_size": list(input_size),
     }
     if latency:
-        row["latency_ms"] = time_detector(detector, input_size)
+        place = resolve_device(device)
+        row |= {"latency_ms": time_detector(detector.to(place), input_size), "device": str(place)}
     return row
 
 
 def draw(run: DetectionRun, images: int) -> str:
     """Draw what each detector of the run finds in the first test images, side by side."""
-    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
-    detectors = {name: load_detector(folder) for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+    _check_one_plan(run)
+    detectors = {name: _opened(run, folder) for name, folder in _detectors(run).items()}
     source = source_of(run.config, _TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
     draw_side_by_side(detectors, files, source.classes, run.folder / "detections.png")
@@ -293,6 +311,28 @@ def draw(run: DetectionRun, images: int) -> str:
 
 
 # --- what the steps share ------------------------------------------------------------------------------------------
+
+
+def _detectors(run: DetectionRun) -> dict[str, Path]:
+    """The folders of the detectors that the run has so far."""
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    return {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+
+
+def _check_one_plan(run: DetectionRun) -> None:
+    """After another search, what was fine-tuned before is not its result."""
+    sliced, tuned = run.folder / "sliced" / "plan.json", run.folder / "plan.json"
+    if sliced.is_file() and tuned.is_file() and read_json(sliced) != read_json(tuned):
+        raise InputError(f"{tuned} is of another plan than {sliced}; run `sidt detect finetune {run.folder}` again")
+
+
+def _opened(run: DetectionRun, folder: Path) -> tuple[nn.Module, Config]:
+    """One of the run's detectors, and its config with what was replaced."""
+    detector, _ = load_detector(folder)
+    config = read_config(folder / CONFIG, run.options)
+    if run.data_root is not None:
+        move_data(config, run.data_root)
+    return detector, config
 
 
 def _existing(run: DetectionRun, name: str, step: str) -> Path:
@@ -339,63 +379,15 @@ def _check_width(space: DimensionSpace, settings: Settings) -> None:
         raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
 
 
-def _scores(detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace, say: Say) -> Importance:
-    if settings.score == "random":
-        return criteria.random(detector, seed=settings.seed, space=space)
-    if settings.score == "magnitude":
-        return criteria.magnitude(detector, space=space)
-    begin = time.perf_counter()
-    batch = 1 if settings.score == "fisher" else int(config.train_dataloader.get("batch_size", 2))
-    batches = read_batches(config, settings.score_images, batch_size=batch, seed=settings.seed)
-    criterion = criteria.fisher if settings.score == "fisher" else criteria.taylor
-    found = criterion(detector, batches, detector_loss, space=space)
-    say(
-        f"scores: {settings.score} of the detector's loss on {settings.score_images} images, "
-        f"{time.perf_counter() - begin:.0f} s"
-    )
-    return found
-
-
-def _objective(run: DetectionRun, config: Config, source: Source, annotations: Path, folds: int | None) -> Objective:
-    """What a trial is judged by, on the training images of an annotation file."""
-    if run.settings.objective == "loss":
-        count = len(read_json(annotations)["images"])
-        batches = read_batches(with_data(config, _TRAIN, annotations), count, batch_size=1, seed=run.settings.seed)
-        return lambda detector: minus_losses(detector, batches)
-    loader = with_data(config, _TEST, annotations, source.images).test_dataloader
-    loader.update(num_workers=0, persistent_workers=False)
-    images = Runner.build_dataloader(loader, seed=0)
-
-    def ap(detector: nn.Module) -> np.ndarray:
-        with _without_masks(detector):
-            return average_precision(detector, images, annotations, source.classes, folds=folds)
-
-    return ap
-
-
-@contextmanager
-def _without_masks(detector: Any) -> Iterator[None]:
-    """Box AP needs no masks, which are a fifth of the cost of a Mask R-CNN."""
-    roi_head = getattr(detector, "roi_head", None)
-    mask_head = getattr(roi_head, "mask_head", None)
-    if mask_head is not None:
-        roi_head.mask_head = None
-    try:
-        yield
-    finally:
-        if mask_head is not None:
-            roi_head.mask_head = mask_head
-
-
-def _named(settings: Settings) -> str:
-    return "box AP" if settings.objective == "ap" else "minus the detector's loss"
-
-
-def _shown(settings: Settings, value: float) -> str:
-    return f"{value:.1%}" if settings.objective == "ap" else f"{value:.4f}"
-
-
-def _says(settings: Settings, gain: Gain) -> str:
-    if settings.objective == "ap":
-        return gain.sentence("{:+.2%}", "{:.2%}", f"{gain.samples} groups of fresh training images")
-    return gain.sentence("{:+.4f}", "{:.4f}", f"{gain.samples} fresh training images")
+def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, say: Say) -> Importance:
+    """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
+    settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
+    weights = hashlib.sha256((run.folder / "dense" / WEIGHTS).read_bytes()).hexdigest()
+    made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
+    if path.is_file() and note.is_file() and read_json(note) == made_of:
+        return load_importance(path, space)
+    scores = measured_scores(detector, config, settings, space, say)
+    note.unlink(missing_ok=True)  # between the two files, neither counts
+    scores.save(path)
+    write_json(note, made_of)
+    return scores

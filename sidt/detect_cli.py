@@ -178,13 +178,14 @@ def search(
 
 @detect.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="RUN")
+@_DATA
 @_OPTIONS
 @_AMP
 @_LAUNCHER
-def finetune(source: Path, options: tuple[str, ...], amp: bool, launcher: str) -> None:
+def finetune(source: Path, data_root: Path | None, options: tuple[str, ...], amp: bool, launcher: str) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("pipeline")
-    run = pipeline.open_run(source)
+    run = pipeline.open_run(source, data_root=data_root)
     click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher))
 
 
@@ -221,7 +222,7 @@ def evaluate(
     pipeline = detection("pipeline")
     run = pipeline.open_run(source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root)
     if checkpoint is not None:
-        click.echo(pipeline.take_checkpoint(run, checkpoint))
+        click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
     table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)
     click.echo(table)
     if draw:

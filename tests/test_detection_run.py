@@ -153,6 +153,42 @@ def test_the_held_out_images_are_not_trained_on(run, data):
     assert str(run / "data" / "rest.json") in log and "annotations/train.json" not in log.split("Config:")[-1]
 
 
+def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    before = json.loads((folder / "search" / "search.json").read_text())
+    said = []
+    pipeline.search(pipeline.open_run(folder, settings={"trials": 3}), said.append)
+    after = json.loads((folder / "search" / "search.json").read_text())
+    assert after["values"][:2] == before["values"] and len(after["values"]) == 3
+    assert not any("scores" in line for line in said)  # they were not measured again
+    # The fine-tuned detector may be of another plan now, and then it is not shown beside the sliced one.
+    plan = folder / "sliced" / "plan.json"
+    plan.write_text(plan.read_text().replace("[", "[ "))
+    assert "fine-tuned" in pipeline.evaluate(pipeline.open_run(folder), latency=False)
+    keep = json.loads(plan.read_text())
+    keep["keep"]["hidden.0.0"] = keep["keep"]["hidden.0.0"][:-1]
+    plan.write_text(json.dumps(keep))
+    with pytest.raises(InputError, match="finetune"):
+        pipeline.evaluate(pipeline.open_run(folder), latency=False)
+
+
+def test_evaluation_needs_no_training_data(config, data, checkpoint, tmp_path):
+    only_test = tmp_path / "data"
+    shutil.copytree(data, only_test)
+    shutil.rmtree(only_test / "train")
+    (only_test / "annotations" / "train.json").unlink()
+    arguments = ["detect", "evaluate", str(config), "--out", str(tmp_path / "run"), "--data-root", str(only_test)]
+    result = CliRunner().invoke(
+        cli,
+        [*arguments, "--checkpoint", str(checkpoint), "--no-latency"],
+        catch_exceptions=False,
+        standalone_mode=False,
+    )
+    assert "MACs for one 3x96x96 image" in result.output
+    assert list(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == ["dense"]
+
+
 # --- MMDetection's own tools ---------------------------------------------------------------------------------------
 
 
