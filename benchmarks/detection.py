@@ -14,6 +14,7 @@ import click
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 from results import environment, write_results
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from sidt.detection.checkpoints import CONFIG, load_detector, save_detector
 from sidt.detection.configs import source_of
 from sidt.detection.detector import detector_space, parts
 from sidt.detection.digits import write_digits
+from sidt.detection.evaluation import average_precision
 from sidt.detection.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
 from sidt.importance import Importance
@@ -38,6 +40,7 @@ from sidt.surgery import slice_model
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
+CURVE = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
 
 
 class Classifier(nn.Module):
@@ -90,6 +93,9 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
         "detection loss": criteria.taylor(detector, batches, detector_loss, space=space),
         "classification": by_classes,
     }
+    curves = folder / "curves.json"
+    if not curves.is_file():
+        write_json(curves, {name: curve(detector, config, score) for name, score in scores.items()})
     plans: dict[str, Any] = {"dense": None}
     for share in shares:
         for name, score in scores.items():
@@ -110,7 +116,15 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
             write_json(place / "row.json", row | {"backbone": {"params": cost.params, "macs": cost.macs}})
         rows[name] = read_json(place / "row.json")
         click.echo(f"seed {seed}, {name}: " + ", ".join(f"{s} {rows[name][s]['bbox']['AP']:.3f}" for s in STEPS))
-    return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows}
+    return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows, "curves": read_json(curves)}
+
+
+def curve(detector: Any, config: Config, score: Importance) -> list[float]:
+    """Test AP of the sliced detector, not fine-tuned, at every share of ``CURVE``."""
+    source = source_of(config, "test_dataloader")
+    loader = Runner.build_dataloader(config.test_dataloader, seed=0)
+    smaller = (slice_model(detector, allocate(score, Budget(macs=share))) for share in CURVE)
+    return [float(average_precision(d, loader, source.annotations, source.classes)[0]) for d in smaller]
 
 
 STEPS = ("sliced", "fine-tuned")
@@ -155,6 +169,12 @@ def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path) -> None:
         f"{accuracies}."
     )
     text = table(headers, rows, "md")
+    lines = [
+        [name, *(spread([result["curves"][name][i] for result in found]) for i in range(len(CURVE)))]
+        for name in found[0]["curves"]
+    ]
+    shares_left = [f"{share:.0%} of the MACs" for share in CURVE]
+    text += "\n\nAP sliced, not fine-tuned, by what is left:\n\n" + table(["scores", *shares_left], lines, "md")
     write_results(out, f"The digits detection set, digits_{backbone}.py", where, f"{text}\n\n{notes}", found)
     click.echo(text)
 

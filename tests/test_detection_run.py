@@ -27,6 +27,7 @@ from sidt.detection.configs import build_detector, read_config
 from sidt.detection.detector import detector_space, parts
 from sidt.detection.digits import write_digits
 from sidt.detection.loss import detector_loss, read_batches
+from sidt.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
 SMALL = """
