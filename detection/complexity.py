@@ -46,7 +46,7 @@ def complexity_text(source: str, plan: Path | None, input_size: InputSize | None
         columns = {"dense": None} | {f"{1 - p:.0%} fewer": uniform(space, Budget(params=p)).sizes for p in _LEFT}
         note = " Fewer: of the backbone's parameters, by q/k, v and MLP sizes that shrink alike."
     found = {name: _with_total(parts(space, sizes)) for name, sizes in columns.items()}
-    left_out = not_counted(detector, size)
+    left_out = not_counted(detector, space)
     if style == "json":
         shown = {
             n: {part: {"params": r.params, "macs": r.macs} for part, r in rows.items()} for n, rows in found.items()

@@ -187,9 +187,10 @@ def parts(space: DimensionSpace, sizes: Mapping[str, int] | None = None) -> dict
     return rows
 
 
-def not_counted(detector: nn.Module, input_size: InputSize) -> str:
+def not_counted(detector: nn.Module, space: DimensionSpace) -> str:
     """What the multiply-adds of :func:`parts` leave out, and what they take the second stage to see."""
-    missed = list(trace_detector(detector, input_size)[1])
+    unused = [name for name, row in parts(space).items() if row.params and not row.macs]  # say, DETR's encoder
+    missed = list(dict.fromkeys([*unused, *trace_detector(detector, space.trace.input_size)[1]]))
     if hasattr(detector, "roi_head"):
         missed.append(f"cutting regions (second stage: {_PROPOSALS} boxes, {_OBJECTS} masks)")
     return ", ".join([*missed, NOT_COUNTED])
