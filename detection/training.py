@@ -41,8 +41,9 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
             if old != own:
                 shutil.rmtree(old)
     found = find_latest_checkpoint(str(own)) if own.is_dir() else None
-    if found is not None:
-        read_checkpoint(found)  # MMEngine would unpickle a file that holds code
+    start = found or weights
+    if start is not None:
+        read_checkpoint(start)  # MMEngine would unpickle a file that holds code
     config.resume = found is not None
     config.load_from = None if found is not None or weights is None else str(weights)
     hooks = config.setdefault("default_hooks", {})

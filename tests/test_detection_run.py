@@ -384,6 +384,15 @@ def test_bad_checkpoints_are_refused(write, words, config, data, tmp_path, monke
     assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
 
 
+def test_training_does_not_start_from_code(config, data, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    write_evil(tmp_path / "weights.pth")
+    options = {"load_from": str(tmp_path / "weights.pth")}
+    with refused("weights.pth", "refused"):
+        pipeline.train_dense(pipeline.open_run(config, tmp_path / "run", options, data_root=data))
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
+
+
 def test_bad_annotations_are_refused(config, data, checkpoint, tmp_path, refused):
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
