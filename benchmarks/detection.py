@@ -102,7 +102,7 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
             plans[f"{1 - share:.0%} fewer MACs, {name}"] = allocate(score, Budget(macs=share))
     rows = {}
     for name, plan in plans.items():
-        place = folder / name.replace(" ", "_").replace(",", "").replace("%", "")
+        place = folder / "rows" / name.replace(" ", "_").replace(",", "").replace("%", "")
         part = pipeline.DetectionRun(place, run.config, run.settings)
         if not (place / "row.json").is_file():
             small = detector if plan is None else slice_model(detector, plan)
