@@ -10,7 +10,6 @@ from sidt.detection.digits import write_digits
 from sidt.detection.pipeline import Say, draw, evaluate, finetune, open_run, search, train_dense
 
 _CONFIG = "digits_swin.py"
-_SETTINGS: dict[str, Any] = {"budget": {"params": 0.6}}
 
 
 def demo(folder: Path, options: Mapping[str, Any], device: str | None, say: Say) -> None:
@@ -26,8 +25,7 @@ def demo(folder: Path, options: Mapping[str, Any], device: str | None, say: Say)
     say("training, search at 40 % fewer parameters, fine-tuning and evaluation: under 10 minutes on two CPU cores")
     say(write_digits(folder / "digits"))
     with resources.as_file(resources.files("sidt.configs") / "detection" / _CONFIG) as config:
-        given = {**_SETTINGS, "device": device}
-        run = open_run(config, folder, options, given, data_root=folder / "digits")
+        run = open_run(config, folder, options, {"device": device}, data_root=folder / "digits")
     say(train_dense(run))
     say(search(run, say))
     say(finetune(run))

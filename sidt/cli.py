@@ -9,13 +9,11 @@ import click
 
 from sidt.detect_cli import detect, detection, names_a_detector
 from sidt.errors import InputError
-from sidt.options import image_size, number
+from sidt.options import DEVICE, OUT, SOURCE, image_size, number
 
 if TYPE_CHECKING:
     from sidt.pipeline import Run
 
-_SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
-_OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
 _SET = click.option(
     "--set",
     "overrides",
@@ -23,7 +21,6 @@ _SET = click.option(
     metavar="KEY=VALUE",
     help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
 )
-_DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,7 +34,7 @@ cli.add_command(detect)
 
 def _step(command: Any) -> Any:
     """The arguments that every step of a run has."""
-    for decorate in (_DEVICE, _SET, _OUT, _SOURCE):
+    for decorate in (DEVICE, _SET, OUT, SOURCE):
         command = decorate(command)
     return command
 
@@ -171,9 +168,9 @@ def run(**arguments: Any) -> None:
 
 
 @cli.command()
-@_OUT
+@OUT
 @_SET
-@_DEVICE
+@DEVICE
 def demo(**arguments: Any) -> None:
     """The whole way on handwritten digits, with nothing to download: 40 % fewer parameters in minutes."""
     from importlib import resources

@@ -7,10 +7,8 @@ from typing import Any
 import click
 
 from sidt.errors import InputError
-from sidt.options import image_size, number
+from sidt.options import DEVICE, OUT, SOURCE, image_size, number
 
-_SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
-_OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
 _OPTIONS = click.option(
     "--cfg-options",
     "options",
@@ -25,7 +23,6 @@ _LAUNCHER = click.option(
     "--launcher", type=click.Choice(["none", "pytorch", "slurm", "mpi"]), default="none", help="As MMDetection's."
 )
 _AMP = click.option("--amp", is_flag=True, help="Automatic mixed precision.")
-_DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 _HOLDOUT = click.option(
     "--holdout", metavar="X", help="Training images held out for the search: a fraction or a number."
 )
@@ -89,8 +86,8 @@ def _mixed_precision(options: dict[str, Any], amp: bool) -> dict[str, Any]:
 
 
 @detect.command()
-@_SOURCE
-@_OUT
+@SOURCE
+@OUT
 @_DATA
 @_OPTIONS
 @_HOLDOUT
@@ -115,8 +112,8 @@ def train(
 
 
 @detect.command()
-@_SOURCE
-@_OUT
+@SOURCE
+@OUT
 @_DATA
 @_OPTIONS
 @click.option(
@@ -143,7 +140,7 @@ def train(
 @click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
 @click.option("--seed", type=int, help="Of the held-out images and of Optuna's sampler.")
 @click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
-@_DEVICE
+@DEVICE
 def search(
     source: Path,
     out: Path | None,
@@ -190,8 +187,8 @@ def finetune(source: Path, data_root: Path | None, options: tuple[str, ...], amp
 
 
 @detect.command()
-@_SOURCE
-@_OUT
+@SOURCE
+@OUT
 @_DATA
 @_OPTIONS
 @click.option(
@@ -242,9 +239,9 @@ def digits(folder: Path, seed: int, **numbers: int | None) -> None:
 
 
 @detect.command()
-@_OUT
+@OUT
 @_OPTIONS
-@_DEVICE
+@DEVICE
 def demo(out: Path | None, options: tuple[str, ...], device: str | None) -> None:
     """The whole way on handwritten digits, with nothing to download: a detector with a 40 % smaller backbone."""
     detection("demo").demo(out or Path("runs") / "detect-demo", _parsed(options), device, click.echo)

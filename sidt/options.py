@@ -1,6 +1,14 @@
-"""How the command line reads numbers and sizes."""
+"""What the commands share: options, and how numbers and sizes are read."""
+
+from pathlib import Path
+
+import click
 
 from sidt.errors import InputError
+
+SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
+OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
+DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 
 
 def number(text: str | None) -> int | float | str | None:
