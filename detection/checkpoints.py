@@ -4,6 +4,7 @@
 the folder as it is, wherever it lies.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -38,6 +39,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged or holds code.
     """
     return read_weights(path, known=get_torch_safe_globals())
+
+
+def weights_digest(path: str | Path) -> str:
+    """Tells weights apart by their tensors: the same ones may be written as other bytes (safetensors' metadata)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_checkpoint(path).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(detector: nn.Module, path: str | Path) -> None:

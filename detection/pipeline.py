@@ -7,7 +7,6 @@
     evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from sidt.detection.checkpoints import (
     load_detector,
     load_weights,
     save_detector,
+    weights_digest,
 )
 from sidt.detection.configs import (
     Source,
@@ -382,7 +382,7 @@ def _check_width(space: DimensionSpace, settings: Settings) -> None:
 def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, say: Say) -> Importance:
     """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
     settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
-    weights = hashlib.sha256((run.folder / "dense" / WEIGHTS).read_bytes()).hexdigest()
+    weights = weights_digest(run.folder / "dense" / WEIGHTS)
     made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
     if path.is_file() and note.is_file() and read_json(note) == made_of:
         return load_importance(path, space)

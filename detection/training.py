@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from sidt.detection.checkpoints import read_checkpoint
+from sidt.detection.checkpoints import read_checkpoint, weights_digest
 from sidt.errors import InputError
 
 Launcher = str  # MMEngine's: none, pytorch, slurm, mpi
@@ -97,5 +97,5 @@ def _digest(config: Config, weights: Path | None) -> str:
     values: dict[str, Any] = {k: v for k, v in config.to_dict().items() if k not in ("load_from", "work_dir", "sidt")}
     digest = hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode())
     if weights is not None:
-        digest.update(weights.read_bytes())
+        digest.update(weights_digest(weights).encode())
     return digest.hexdigest()[:12]

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from sidt.cli import cli, main
 from sidt.detection import configs as detection_configs
 from sidt.detection import pipeline
-from sidt.detection.checkpoints import load_detector
+from sidt.detection.checkpoints import load_detector, weights_digest
 from sidt.detection.configs import build_detector, read_config
 from sidt.detection.detector import detector_space, parts
 from sidt.detection.digits import write_digits
@@ -116,6 +116,12 @@ def test_a_run_leaves_its_files(run):
     assert (run / "detections.png").stat().st_size > 1000
     plan = json.loads((run / "plan.json").read_text())
     assert plan == json.loads((run / "search" / "plan.json").read_text())
+
+
+def test_a_digest_is_of_the_tensors(run, checkpoint, tmp_path):
+    dense = weights_digest(run / "dense" / "model.safetensors")
+    assert dense == weights_digest(checkpoint)  # another format of the same weights
+    assert dense != weights_digest(run / "sliced" / "model.safetensors")
 
 
 def test_the_budget_is_met_by_the_backbone(run):
