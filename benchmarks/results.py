@@ -14,7 +14,7 @@ import torch
 
 from sidt.files import write_json, write_text
 
-_PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "fvcore", "torch-pruning")
+_PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "fvcore", "torch-pruning", "nvidia-modelopt")
 _DETECTION = ("onedl-mmdetection", "onedl-mmengine", "onedl-mmcv", "pycocotools")
 
 

@@ -243,6 +243,10 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
     # MMDetection's own backbones do not say their image size; any would do, as the cost is not asked for, if they
     # had no position embeddings.
     own = (dense.get("in_channels", 3), *to_2tuple(dense.get("pretrain_img_size", 224)))
-    sliced: Any = slice_backbone(backbone, load_plan(plan, space_for(module, None if prefix else own)))
+    kept = load_plan(plan, space_for(module, None if prefix else own))
+    if not all(kept.sizes.values()) and not backbone.is_init:
+        backbone.init_weights()  # before, as MMDetection's PVT divides by the channels of each convolution
+        return slice_backbone(backbone, kept)
+    sliced: Any = slice_backbone(backbone, kept)
     sliced.is_init = backbone.is_init  # as the dense backbone: without a checkpoint it starts as that would
     return sliced  # type: ignore[no-any-return]

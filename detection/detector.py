@@ -196,12 +196,22 @@ def not_counted(detector: nn.Module, space: DimensionSpace) -> str:
     return ", ".join([*missed, NOT_COUNTED])
 
 
+def predict(detector: nn.Module, image: Tensor) -> Any:
+    """The boxes of a batch of one image."""
+    shape = tuple(image.shape[2:])
+    sample = DetDataSample(
+        metainfo={"img_shape": shape, "ori_shape": shape, "batch_input_shape": shape, "scale_factor": (1.0, 1.0)}
+    )
+    return detector(image, [sample], mode="predict")
+
+
+def run_backbone(detector: Any, image: Tensor) -> Any:
+    """The maps of a batch of images."""
+    return detector.backbone(image)
+
+
 def time_detector(detector: nn.Module, input_size: InputSize, *, seconds: float = 1.0) -> float:
     """Median milliseconds from one image of a size to its boxes, on the detector's device (torch's timer)."""
     parameter = next(detector.parameters())
     image = torch.randn(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    shape = input_size[1:]
-    sample = DetDataSample(
-        metainfo={"img_shape": shape, "ori_shape": shape, "batch_input_shape": shape, "scale_factor": (1.0, 1.0)}
-    )
-    return time_call(detector, lambda model: model(image, [sample], mode="predict"), seconds=seconds)
+    return time_call(detector, lambda model: predict(model, image), seconds=seconds)

@@ -12,12 +12,14 @@ from mmengine.runner import Runner
 from torch import nn
 
 from sidt import importance as criteria
+from sidt.alignment import align
 from sidt.detection.configs import Source, with_data
 from sidt.detection.evaluation import average_precision
 from sidt.detection.loss import detector_loss, minus_losses, read_batches
 from sidt.detection.settings import Settings
 from sidt.files import read_json
 from sidt.importance import Importance
+from sidt.moments import Moments, measure_moments
 from sidt.space import DimensionSpace
 from sidt.study import Gain, Objective
 
@@ -42,6 +44,15 @@ def measured_scores(
         f"{time.perf_counter() - begin:.0f} s"
     )
     return found
+
+
+def aligned_detector(
+    detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace
+) -> tuple[nn.Module, Moments]:
+    """The detector in the basis in which few units carry nearly everything, and what its repair stands on."""
+    batch = int(config.train_dataloader.get("batch_size", 2))
+    batches = read_batches(config, settings.score_images, batch_size=batch, seed=settings.seed)
+    return align(detector, measure_moments(detector, batches, forward=detector_loss, space=space))
 
 
 def objective(config: Config, settings: Settings, source: Source, annotations: Path, folds: int | None) -> Objective:

@@ -19,6 +19,7 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 
 from sidt.allocation import Rules
+from sidt.compensation import compensate
 from sidt.config import parse
 from sidt.detection.annotations import check_annotations, write_subsets
 from sidt.detection.checkpoints import (
@@ -39,11 +40,11 @@ from sidt.detection.configs import (
     source_of,
     with_data,
 )
-from sidt.detection.detector import detector_space, parts, time_detector, whole
+from sidt.detection.detector import detector_space, parts, predict, run_backbone, time_detector, whole
 from sidt.detection.evaluation import results_table, test
-from sidt.detection.objective import Say, measured_scores, named, objective, says, shown
+from sidt.detection.objective import Say, aligned_detector, measured_scores, named, objective, says, shown
 from sidt.detection.pictures import draw_side_by_side
-from sidt.detection.settings import Settings
+from sidt.detection.settings import Settings, TeacherSettings
 from sidt.detection.training import join, prepared, train
 from sidt.devices import resolve_device
 from sidt.errors import InputError
@@ -53,6 +54,7 @@ from sidt.report import Format
 from sidt.space import DimensionSpace
 from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
+from sidt.timing import latencies_for
 
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
 _TRAIN, _TEST = "train_dataloader", "test_dataloader"
@@ -162,7 +164,15 @@ def search(run: DetectionRun, say: Say) -> str:
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
     config = with_data(config, _TRAIN, split["rest"])
+    slicer = None
+    if settings.repair:
+        base, moments = aligned_detector(detector, config, settings, space)
+        detector, slicer = base, lambda plan: compensate(base, plan, moments)
     scores = _scores(run, detector, config, space, say)
+    rules = Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to)
+    forward = predict if settings.on == "detector" else run_backbone
+    budget = settings.budget.value()
+    latencies = latencies_for(run.folder / "latency", detector, scores, budget, rules, say, forward=forward)
     judge = objective(config, settings, source, split["holdout"], None)
     begin = time.perf_counter()
     dense_value = float(np.mean(judge(detector)))
@@ -173,15 +183,18 @@ def search(run: DetectionRun, say: Say) -> str:
     result = optuna_search(
         detector,
         scores,
-        settings.budget.value(),
+        budget,
         judge,
         fresh=objective(config, settings, source, split["fresh"], min(_FOLDS, held)),
         trials=settings.trials,
         timeout=settings.timeout,
         seed=settings.seed,
-        rules=Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to),
+        rules=rules,
+        latencies=latencies,
+        slicer=slicer,
         storage=settings.storage or f"sqlite:///{(run.folder / 'study.db').resolve()}",
-        label=f"{of}, seed {settings.seed}, budget of the {settings.on} at {space.trace.input_size}",
+        label=f"{of}, seed {settings.seed}, repair {settings.repair}, "
+        f"budget of the {settings.on} at {space.trace.input_size}",
     )
     assert result.gain is not None
     verdict = says(settings, result.gain)
@@ -191,7 +204,7 @@ def search(run: DetectionRun, say: Say) -> str:
     write_json(
         run.folder / SEARCH,
         {
-            "budget": str(settings.budget.value()),
+            "budget": str(budget),
             "on": settings.on,
             "objective": of,
             "dense": dense_value,
@@ -210,21 +223,31 @@ def search(run: DetectionRun, say: Say) -> str:
             "settings": settings.model_dump(mode="json"),
         },
     )
-    sliced = slice_model(detector, result.plan)
+    sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
     save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
     left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
     return f"{left}; {verdict} -> {run.folder / 'sliced'}"
 
 
-def finetune(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
-    """Train the sliced detector further; the result is the run folder's own detector."""
+def finetune(
+    run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none", teacher: bool = False
+) -> str:
+    """Train the sliced detector further; the result is the run folder's own detector.
+
+    The dense detector teaches it if ``teacher`` is given, or if the run's settings say how.
+    """
     join(launcher)
     sliced = _existing(run, "sliced", "search")
     changes = {**run.options, **run.settings.finetune, **(options or {})}
     detector, config = _opened(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
     source = _checked(run, detector, _TRAIN)
     config = with_data(config, _TRAIN, _split(run, source)["rest"])
+    taught = run.settings.teacher or (TeacherSettings() if teacher else None)
+    if taught is not None:
+        dense = _existing(run, "dense", "train CONFIG").resolve()
+        hook = {"type": "TeacherHook", "folder": str(dense), **taught.model_dump()}
+        config.custom_hooks = [*(config.get("custom_hooks") or []), hook]
     last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
     if is_main_process():
         detector, original = load_detector(sliced)
@@ -384,6 +407,7 @@ def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: Dimen
     settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
     weights = weights_digest(run.folder / "dense" / WEIGHTS)
     made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
+    made_of["repair"] = settings.repair
     if path.is_file() and note.is_file() and read_json(note) == made_of:
         return load_importance(path, space)
     scores = measured_scores(detector, config, settings, space, say)

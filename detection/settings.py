@@ -8,6 +8,18 @@ from sidt.config import BudgetConfig
 from sidt.families import INNER_KINDS, Kind
 
 
+class TeacherSettings(BaseModel):
+    """How much a sliced detector learns from the dense one, beside its own losses.
+
+    Attributes:
+        features: weight of the difference of the neck's maps; see ``sidt.detection.distillation.TeacherHook``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    features: float = Field(default=6.0, gt=0)
+
+
 class Settings(BaseModel):
     """The section ``sidt = dict(...)`` of an MMDetection config; options of the command line replace its values.
 
@@ -19,15 +31,18 @@ class Settings(BaseModel):
             a number.
         score: the importance; taylor and fisher are those of the detector's own loss.
         score_images: training images that it is measured on.
+        repair: whether the detector is aligned before it is scored, and what lost inputs is refitted after every
+            slice, on the images of the scores.
         objective: what a trial is judged by on the held-out images: COCO box AP, or the detector's loss.
         trials: finished trials in all.
         timeout: seconds after which no new trial starts.
         storage: Optuna storage URL; None: SQLite in the run folder.
         kinds: the kinds of dimensions that are searched.
         freeze: patterns of dimensions that stay whole.
-        min_units: the least units of a dimension.
+        min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
         finetune: values of the MMDetection config for fine-tuning, by dotted key.
+        teacher: how the dense detector teaches the sliced one in fine-tuning; None: it does not.
         device: where scores and trials run.
         seed: of the held-out images, the sampler and random scores.
     """
@@ -40,14 +55,16 @@ class Settings(BaseModel):
     holdout: float | int = Field(default=0.1, gt=0)
     score: Literal["taylor", "fisher", "magnitude", "random"] = "taylor"
     score_images: int = Field(default=128, ge=1)
+    repair: bool = True
     objective: Literal["ap", "loss"] = "ap"
     trials: int = Field(default=20, ge=1)
     timeout: float | None = Field(default=None, gt=0)
     storage: str | None = None
     kinds: tuple[Kind, ...] = INNER_KINDS
     freeze: tuple[str, ...] = ()
-    min_units: int = Field(default=1, ge=1)
+    min_units: int = Field(default=1, ge=0)
     round_to: int = Field(default=1, ge=1)
     finetune: dict[str, Any] = Field(default_factory=dict)
+    teacher: TeacherSettings | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)

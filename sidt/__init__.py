@@ -8,25 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sidt import importance
+    from sidt.alignment import align
     from sidt.allocation import allocate
     from sidt.budget import Budget
     from sidt.checkpoint import load, save
+    from sidt.compensation import compensate
     from sidt.complexity import measure
+    from sidt.distillation import distillation_loss
+    from sidt.gates import gated, learn_gates
+    from sidt.moments import measure_moments
     from sidt.plan import DimensionPlan, load_plan
     from sidt.space import space_for
     from sidt.study import search
     from sidt.surgery import slice_model
+    from sidt.timing import measure_layers
     from sidt.training import finetune
 
 __all__ = [
     "Budget",
     "DimensionPlan",
+    "align",
     "allocate",
+    "compensate",
+    "distillation_loss",
     "finetune",
+    "gated",
     "importance",
+    "learn_gates",
     "load",
     "load_plan",
     "measure",
+    "measure_moments",
+    "measure_layers",
     "save",
     "search",
     "slice_model",
@@ -36,11 +49,18 @@ __all__ = [
 _HOMES = {
     "Budget": "sidt.budget",
     "DimensionPlan": "sidt.plan",
+    "align": "sidt.alignment",
     "allocate": "sidt.allocation",
+    "compensate": "sidt.compensation",
+    "distillation_loss": "sidt.distillation",
     "finetune": "sidt.training",
+    "gated": "sidt.gates",
+    "learn_gates": "sidt.gates",
     "load": "sidt.checkpoint",
     "load_plan": "sidt.plan",
     "measure": "sidt.complexity",
+    "measure_moments": "sidt.moments",
+    "measure_layers": "sidt.timing",
     "save": "sidt.checkpoint",
     "search": "sidt.study",
     "slice_model": "sidt.surgery",

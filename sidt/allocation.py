@@ -6,8 +6,9 @@ exactly after every removal.
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,9 @@ from sidt.complexity import PlanCosts
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS, KINDS, Kind
 from sidt.importance import Importance
+from sidt.latency import STEP, LayerLatencies, TimedPlanCosts
 from sidt.plan import DimensionPlan
-from sidt.space import Dimension, DimensionSpace
+from sidt.space import VANISHING, Dimension, DimensionSpace
 
 Float = npt.NDArray[np.float64]
 
@@ -31,11 +33,12 @@ class Rules:
     Attributes:
         kinds: the kinds of dimensions that may shrink.
         freeze: dimensions that may not, as shell patterns: ``heads.0``, ``*.11``, ``hidden.*``.
-        min_units: the least units of every dimension.
+        min_units: the least units of every dimension; with 0, heads and mlp may go to none and their sublayer with
+            them, the others keep one.
         round_to: sizes of qk, v, mlp and width become multiples of this, or stay whole; heads are counted singly.
 
     Raises:
-        InputError: a kind is unknown, or a number is below 1.
+        InputError: a kind is unknown, or a number is too small.
     """
 
     kinds: tuple[Kind, ...] = INNER_KINDS
@@ -48,10 +51,10 @@ class Rules:
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown or not self.kinds:
             raise InputError(f"kinds is {list(self.kinds)}; choose from {', '.join(KINDS)}")
-        for name in ("min_units", "round_to"):
+        for name, least in {"min_units": 0, "round_to": 1}.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 def allocate(
@@ -63,6 +66,7 @@ def allocate(
     min_units: int = 1,
     round_to: int = 1,
     multipliers: Mapping[str, float] | None = None,
+    latencies: LayerLatencies | None = None,
 ) -> DimensionPlan:
     """The plan that keeps the units with the highest score for their cost, within a budget.
 
@@ -74,15 +78,23 @@ def allocate(
         budget: what the plan may cost.
         kinds: see :class:`Rules`; as are the next three.
         freeze: patterns of dimensions that stay whole.
-        min_units: the least units of a dimension.
+        min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
         multipliers: factors on the scores of whole dimensions, by name.
+        latencies: of the layers, for a budget with a latency. Sizes are then multiples of 8 too: a kernel takes as
+            long for those between.
 
     Raises:
-        InputError: a pattern matches nothing, or the budget cannot be met; it names the smallest reachable value.
+        InputError: a pattern matches nothing, or the budget cannot be met; it names the smallest reachable value. Or
+            it has a latency, and there are no latencies, or the width is to shrink, which they do not cover.
     """
-    rules = Rules(tuple(kinds), tuple(freeze), min_units, round_to)
-    state = _Allocation(importance, PlanCosts(importance.space), rules, multipliers or {})
+    rules, costs = Rules(tuple(kinds), tuple(freeze), min_units, round_to), PlanCosts(importance.space)
+    if budget.latency is not None and latencies is not None:
+        if "width" in rules.kinds:
+            raise InputError(f"the latency of layers is known for the whole width alone; kinds is {list(rules.kinds)}")
+        rules = replace(rules, round_to=math.lcm(rules.round_to, STEP))
+        costs = TimedPlanCosts(importance.space, latencies)
+    state = _Allocation(importance, costs, rules, multipliers or {})
     state.shrink(budget)
     return state.plan()
 
@@ -100,7 +112,7 @@ def uniform(space: DimensionSpace, budget: Budget) -> DimensionPlan:
     dense = np.array([d.size for d in space.dimensions.values()], dtype=np.int64)
     alike = np.array([d.kind in ("qk", "v", "mlp") and not d.fixed for d in space.dimensions.values()])
     factors = np.linspace(0, 1, 4097)[:, None]
-    sizes = np.where(alike, np.maximum(np.floor(factors * dense + 1e-9), 1), dense).astype(np.int64)
+    sizes = np.where(alike, np.maximum(np.floor(factors * dense + 1e-9), np.minimum(dense, 1)), dense).astype(np.int64)
     used = costs.of(sizes)
     fits = np.all([used[:, k] <= limit for k, limit in enumerate(limits) if limit is not None], axis=0)
     if not fits.any():
@@ -117,7 +129,7 @@ def _next_size(size: int, rules: Rules, kind: Kind) -> int:
     """The next smaller size that the rules allow; ``size`` itself at the least one."""
     step = 1 if kind == "heads" else rules.round_to
     smaller = (size - 1) // step * step
-    return smaller if smaller >= max(rules.min_units, 1) else size
+    return smaller if smaller >= max(rules.min_units, kind not in VANISHING) else size
 
 
 class _Allocation:
@@ -198,9 +210,11 @@ class _Allocation:
                 cost = self.costs.of(grown)[bounded]
                 if (cost > limit).any():
                     continue
+                per = self.dims[i].per
+                if per is not None and not self.size[self.column[per]]:
+                    continue  # units of no heads
                 lost = self.lost[self.dims[i].name]
                 gain = lost[..., self.size[i]] - lost[..., grown[i]]
-                per = self.dims[i].per
                 total = float(gain if per is None else gain[self.order[per][: self.size[self.column[per]]]].sum())
                 value = total / max(float(((cost - now) / limit).sum()), 1e-30)
                 if value > best_value:
@@ -225,10 +239,11 @@ class _Allocation:
         reachable = self.costs.of(least)
         for k, bound in zip(bounded, limit, strict=True):
             if reachable[k] > bound:
-                name, part = ("params", "macs")[k], reachable[k] / self.costs.dense[k]
+                name, part = ("params", "macs", "latency in ns")[k], reachable[k] / self.costs.dense[k]
+                more = "" if budget.latency is not None else ", or search more kinds (width)"
                 raise InputError(
                     f"the budget {budget} cannot be met: the smallest reachable {name} is {reachable[k]} ({part:.4f} "
-                    f"of the dense model's {self.costs.dense[k]}); raise the budget, or search more kinds (width)"
+                    f"of the dense model's {self.costs.dense[k]}); raise the budget{more}"
                 )
 
     def plan(self) -> DimensionPlan:
@@ -245,7 +260,7 @@ class _Allocation:
 def _lost(scores: Float) -> Float:
     """Sum of the scores beyond the ``size`` best, for every size from 0 to all."""
     ascending = np.sort(scores, axis=-1)
-    sums = np.concatenate([np.zeros_like(scores[..., :1]), np.cumsum(ascending, axis=-1)], axis=-1)
+    sums = np.concatenate([np.zeros((*scores.shape[:-1], 1)), np.cumsum(ascending, axis=-1)], axis=-1)
     return sums[..., ::-1]
 
 

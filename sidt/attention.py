@@ -4,7 +4,10 @@ timm's attentions derive every size from one head size, and the fused kernel tak
 it sees. These subclasses read the sizes from the weights and pass on the scale of the dense model. They add
 no parameter and keep every name, so state dicts are those of the plain modules.
 
-A search-space file whose attention is not timm's names the module that has its ``FORWARDS``.
+An attention without heads adds its output bias and computes nothing else. Neither does an MLP without hidden units:
+torch's linear layers take no features as they are, and ``EMPTY`` has what does not.
+
+A search-space file whose attention is not timm's names the module that has its ``FORWARDS`` and ``EMPTY``.
 """
 
 import math
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention as VitAttention
 from timm.models.pvt_v2 import Attention as PvtV2Attention
+from timm.models.pvt_v2 import MlpWithDepthwiseConv as PvtV2Mlp
 from timm.models.swin_transformer import WindowAttention as SwinAttention
 from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from torch import Tensor, nn
@@ -30,11 +34,13 @@ class Forward:
         takes: whether the plain class's own forward is right for a module with sliced weights, given its heads,
             q/k size and v size.
         scale: the scale of a dense module, kept as its attribute ``scale`` if the plain class has none.
+        bilinear: whether logits are products of q and k, so that a basis of both may be chosen.
     """
 
     sliced: type[nn.Module]
     takes: Callable[[Any, int, int, int], bool]
     scale: Callable[[Any], float] | None = None
+    bilinear: bool = True
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -49,17 +55,42 @@ def split_qkv(qkv: Tensor, num_heads: int, v_width: int) -> tuple[Tensor, Tensor
     return _heads(q, num_heads), _heads(k, num_heads), _heads(v, num_heads)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float,
+) -> Tensor:
+    """Fused attention of q, k of [B, heads, N, qk] and v of [B, heads, N, v] -> [B, heads, N, v].
+
+    On CPU torch's fused kernel takes q/k and v of one size only, and no mask that is trained; otherwise attention is
+    separate products, at about twice the time. So there the smaller are filled up with zeros, which add nothing.
+    """
+    size, trained = v.shape[-1], mask is not None and mask.requires_grad
+    # CPU has the same switch as CUDA; a compiler cannot read it.
+    fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+    if q.device.type == "cpu" and fused and not trained and q.shape[-1] != size:
+        common = max(q.shape[-1], size)
+        q, k, v = (F.pad(t, (0, common - t.shape[-1])) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+    return out[..., :size]
+
+
 class SlicedVitAttention(VitAttention):
     """timm's ViT attention for any head count, q/k size and v size."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, attn_mask, drop, is_causal, scale=self.scale
-        )
+        x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask, drop, is_causal, scale=self.scale)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -71,12 +102,14 @@ class SlicedSwinAttention(SwinAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[windows * B, N, C] -> the same; mask is [windows, N, N] or ``None``."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         bias = self._get_rel_pos_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, bias, drop, scale=self.scale)
+        x = attend(q, k, v, bias, drop, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -87,6 +120,8 @@ class SlicedSwinV2Attention(SwinV2Attention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[windows * B, N, C] -> the same; mask is [windows, N, N] or ``None``."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])  # type: ignore[list-item]
         q, k, v = split_qkv(F.linear(x, self.qkv.weight, bias), self.num_heads, self.proj.in_features)
         q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
@@ -97,7 +132,7 @@ class SlicedSwinV2Attention(SwinV2Attention):
         if mask is not None:
             position_bias = (position_bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, position_bias, drop, scale=1.0)
+        x = attend(q, F.normalize(k, dim=-1), v, position_bias, drop, scale=1.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -106,6 +141,8 @@ class SlicedPvtV2Attention(PvtV2Attention):
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         """[B, H * W, C] -> the same; ``feat_size`` is H, W."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         q = _heads(self.q(x), self.num_heads)
         if self.sr is not None:
             x = x.transpose(1, 2).reshape(x.shape[0], -1, *feat_size)
@@ -115,10 +152,16 @@ class SlicedPvtV2Attention(PvtV2Attention):
         kv = self.kv(x)
         k, v = kv.split((kv.shape[-1] - self.proj.in_features, self.proj.in_features), dim=-1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(
-            q, _heads(k, self.num_heads), _heads(v, self.num_heads), dropout_p=drop, scale=self.scale
-        )
+        x = attend(q, _heads(k, self.num_heads), _heads(v, self.num_heads), dropout=drop, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+class EmptyPvtV2Mlp(PvtV2Mlp):
+    """timm's PVT v2 MLP without hidden units: its depthwise convolution would have no group."""
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        """[B, H * W, C] -> the same; ``feat_size`` is H, W."""
+        return self.drop(self.fc2(x[..., :0]))  # type: ignore[no-any-return]
 
 
 def _scale_is_of(module: Any, heads: int, qk: int, v: int) -> bool:
@@ -138,6 +181,11 @@ def _fills_the_width_at_scale(module: Any, heads: int, qk: int, v: int) -> bool:
 FORWARDS: dict[type[nn.Module], Forward] = {
     VitAttention: Forward(SlicedVitAttention, _scale_is_of),
     SwinAttention: Forward(SlicedSwinAttention, _scale_is_of),
-    SwinV2Attention: Forward(SlicedSwinV2Attention, fills_the_width),  # cosine attention: its scale is learned
+    SwinV2Attention: Forward(
+        SlicedSwinV2Attention, fills_the_width, bilinear=False
+    ),  # cosine attention: its scale is learned
     PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
 }
+
+# Sublayers that need another class when no unit is left, beside that of FORWARDS.
+EMPTY: dict[type[nn.Module], type[nn.Module]] = {PvtV2Mlp: EmptyPvtV2Mlp}

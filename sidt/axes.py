@@ -9,6 +9,8 @@ A line gives one expression for each axis of a tensor, separated by commas::
 - ``+`` is concatenation.
 - ``_`` is an axis that is never searched; it has the size that the tensor has.
 - ``name!`` says that the name must stay whole, because statistics are taken over it here.
+- ``name?`` is a factor of 1 while the name has units and of 0 when it has none: ``heads? embed`` is ``embed`` as
+  long as there is a head, and nothing after that.
 - ``|`` separates whole alternatives; the one whose sizes fit the tensor is taken.
 - ``embed.{s-1}`` is the instance of ``embed`` with that index; ``{-1}`` is the last one. A bare name takes
   the indices of the line it stands in. What would stand before the first (``{s-1}`` where s is 0) is what the
@@ -28,6 +30,19 @@ from sidt.errors import InputError
 
 Array = npt.NDArray[np.int64]
 
+
+class Present(int):
+    """``name?``: the number 1, as long as the dimension ``of`` has units."""
+
+    of: str
+
+    def __new__(cls, of: str) -> "Present":
+        """The factor for one dimension."""
+        present = super().__new__(cls, 1)
+        present.of = of
+        return present
+
+
 # A bound axis: a sum of products of dimension names and plain numbers.
 Term = tuple[str | int, ...]
 Axis = tuple[Term, ...]
@@ -41,12 +56,13 @@ class Factor:
     number: int | None = None
     indices: tuple[str, ...] | None = None  # None: those of the line
     fixed: bool = False
+    presence: bool = False
 
 
 ParsedAxis = tuple[tuple[Factor, ...], ...]
 ParsedLine = tuple[ParsedAxis, ...]
 
-_FACTOR = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<indices>(?:\.\{[^{}]+\})*)(?P<fixed>!?)")
+_FACTOR = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<indices>(?:\.\{[^{}]+\})*)(?P<mark>[!?]?)")
 _PLUS = re.compile(r"\+(?![^{}]*\})")  # not that of {s+1}
 _INDEX = re.compile(r"(?:(?P<variable>[a-z])\s*)?(?P<offset>[+-]?\s*\d+)?")
 
@@ -60,7 +76,7 @@ def _parse_factor(token: str, line: str) -> Factor:
     if match is None:
         raise InputError(f"cannot read {token!r} in the axes {line!r}; write a name, a number or _")
     found = tuple(re.findall(r"\{([^{}]+)\}", match["indices"]))
-    return Factor(name=match["name"], indices=found or None, fixed=bool(match["fixed"]))
+    return Factor(match["name"], indices=found or None, fixed=match["mark"] == "!", presence=match["mark"] == "?")
 
 
 def parse_line(line: str) -> tuple[ParsedLine, ...]:
@@ -107,22 +123,34 @@ def bind(axis: ParsedAxis, extent: int, resolve: Callable[[Factor], str]) -> Axi
 
     def symbol(factor: Factor) -> str | int:
         if factor.name is not None:
-            return resolve(factor)
+            return Present(resolve(factor)) if factor.presence else resolve(factor)
         return extent if factor.number is None else factor.number
 
     return tuple(tuple(symbol(f) for f in term) for term in axis)
 
 
 def names(axis: Axis) -> set[str]:
-    """The dimensions that occur in an axis."""
+    """The dimensions that occur in an axis, other than as ``name?``."""
     return {s for term in axis for s in term if isinstance(s, str)}
+
+
+def presences(axis: Axis) -> set[str]:
+    """The dimensions that occur in an axis as ``name?``."""
+    return {s.of for term in axis for s in term if isinstance(s, Present)}
+
+
+def symbol_size(symbol: str | int, sizes: Mapping[str, int]) -> int:
+    """The number that one symbol of a product stands for."""
+    if isinstance(symbol, Present):
+        return min(sizes[symbol.of], 1)
+    return symbol if isinstance(symbol, int) else sizes[symbol]
 
 
 def term_size(term: Term, sizes: Mapping[str, int]) -> int:
     """The number of entries of one product."""
     size = 1
     for symbol in term:
-        size *= symbol if isinstance(symbol, int) else sizes[symbol]
+        size *= symbol_size(symbol, sizes)
     return size
 
 
@@ -135,10 +163,11 @@ def solve(axis: Axis, extent: int, sizes: Mapping[str, int]) -> tuple[str, int] 
     """Find the size of the one dimension of ``axis`` that ``sizes`` lacks.
 
     Returns:
-        Its name and size; ``None`` when more than one is unknown, none is, or no whole positive size fits.
+        Its name and size, which may be 0; ``None`` when more than one is unknown, none is, no whole size fits, or
+        any would (it is multiplied by 0).
     """
     unknown = names(axis) - set(sizes)
-    if len(unknown) != 1:
+    if len(unknown) != 1 or not presences(axis) <= set(sizes):
         return None
     (name,) = unknown
     known = slope = 0
@@ -148,8 +177,10 @@ def solve(axis: Axis, extent: int, sizes: Mapping[str, int]) -> tuple[str, int] 
             return None
         rest = term_size(tuple(s for s in term if s != name), sizes)
         known, slope = (known, slope + rest) if power else (known + rest, slope)
+    if slope == 0:
+        return None
     size, remainder = divmod(extent - known, slope)
-    return (name, size) if size > 0 and remainder == 0 else None
+    return (name, size) if size >= 0 and remainder == 0 else None
 
 
 def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array], per: Mapping[str, str]) -> Array:
@@ -158,7 +189,7 @@ def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array]
     Args:
         axis: the axis of the tensor.
         sizes: the dense size of each dimension.
-        keep: kept indices; shape [kept], or [kept parents, kept] for a dimension of ``per``.
+        keep: kept indices, perhaps none; shape [kept], or [kept parents, kept] for a dimension of ``per``.
         per: the dimensions chosen separately for each unit of a parent, and their parent.
 
     Returns:
@@ -169,9 +200,11 @@ def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array]
         index = np.zeros((1,) * len(term), dtype=np.int64)
         for position, symbol in enumerate(term):
             shape = [1] * len(term)
-            size = symbol if isinstance(symbol, int) else sizes[symbol]
+            size = symbol_size(symbol, sizes)
             parent = None if isinstance(symbol, int) else per.get(symbol)
-            if isinstance(symbol, int) or (parent is not None and parent not in term):
+            if isinstance(symbol, Present):
+                kept = np.arange(min(keep[symbol.of].shape[-1], size))
+            elif isinstance(symbol, int) or (parent is not None and parent not in term):
                 kept = np.arange(size)  # a name without its parent is one that must stay whole
             else:
                 kept = keep[symbol]
@@ -200,7 +233,7 @@ def views(
         size = term_size(term, sizes)
         # Without its parent, a dimension is one that must stay whole: no unit has a score of its own here.
         if name in term and per.get(name, name) in term:
-            shape = [s if isinstance(s, int) else sizes[s] for s in term]
+            shape = [symbol_size(s, sizes) for s in term]
             kept = (term.index(name),) if name not in per else (term.index(per[name]), term.index(name))
             found.append((offset, offset + size, shape, kept))
         offset += size

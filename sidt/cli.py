@@ -91,6 +91,7 @@ def score(**arguments: Any) -> None:
     help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
 )
 @click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
+@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
 @click.option("--trials", type=int, help="Finished trials in all.")
 @click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
 @click.option("--seed", type=int, help="Of Optuna's sampler.")
@@ -99,6 +100,7 @@ def score(**arguments: Any) -> None:
 def search(
     budget_params: str | None,
     budget_macs: str | None,
+    budget_latency: str | None,
     trials: int | None,
     timeout: float | None,
     seed: int | None,
@@ -116,7 +118,7 @@ def search(
         "search.pareto": pareto,
         "seed": seed,
     }
-    budget = {"params": number(budget_params), "macs": number(budget_macs)}
+    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
     if any(bound is not None for bound in budget.values()):
         values["budget"] = budget  # as a whole: a bound that the config has and the command has not is dropped
     _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
@@ -133,11 +135,15 @@ def slice_(**arguments: Any) -> None:
 
 @cli.command()
 @_step
-def finetune(**arguments: Any) -> None:
+@click.option("--teacher", is_flag=True, help="Learn from the dense model too, as the config's section teacher says.")
+def finetune(teacher: bool, **arguments: Any) -> None:
     """Train the sliced model further."""
     from sidt import pipeline
 
-    _do(pipeline.finetune, _open(**arguments))
+    run = _open(**arguments)
+    if teacher and run.config.teacher is None:
+        run = _open(**arguments, values={"teacher": {}})
+    _do(pipeline.finetune, run)
 
 
 @cli.command()
@@ -221,7 +227,8 @@ def spaces(model: str | None) -> None:
     default="table",
     show_default=True,
 )
-def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, style: Any) -> None:
+@click.option("--latency", is_flag=True, help="Time each layer here, dense and sliced, and say which do not pay.")
+def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, style: Any, latency: bool) -> None:
     """Parameters and multiply-adds of a timm MODEL, a RUN folder (with its plan), or a CONFIG's model.
 
     For a detector (an MMDetection config, or a run of ``sidt detect``): backbone, neck and heads, dense beside 20 %
@@ -231,11 +238,16 @@ def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, 
     if names_a_detector(source):
         if by is not None:
             raise InputError(f"--by {by} is for backbones; the table of a detector has its parts as rows")
+        if latency:
+            raise InputError("--latency is for backbones; `sidt detect evaluate` times detectors")
         click.echo(detection("complexity").complexity_text(source, plan, size, style))
         return
-    from sidt.pipeline import complexity_of
+    from sidt.pipeline import complexity_of, latency_of
     from sidt.report import complexity_text
 
+    if latency:
+        click.echo(latency_of(source, plan, size, style))
+        return
     dense, sliced = complexity_of(source, plan, size, by or "block")
     click.echo(complexity_text(dense, sliced, style))
 

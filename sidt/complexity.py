@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sidt.axes import Array, Axis, term_size
+from sidt.axes import Array, Axis, Present, term_size
 from sidt.space import DimensionSpace
 from sidt.trace import InputSize, trace
 
@@ -26,13 +26,17 @@ NOT_COUNTED = "elementwise operations, norms, softmax and pooling"
 
 @dataclass(frozen=True)
 class CostTerm:
-    """A product in the two polynomials: ``params * prod(sizes)``, ``macs * prod(sizes)``, and whose it is."""
+    """A product in the two polynomials: ``params * prod(sizes)``, ``macs * prod(sizes)``, and whose it is.
+
+    It is there while each dimension of ``present`` has units.
+    """
 
     module: str
     block: str
     dimensions: tuple[str, ...]
     params: int
     macs: int
+    present: tuple[str, ...] = ()
 
 
 def cost_terms(space: DimensionSpace) -> list[CostTerm]:
@@ -45,14 +49,15 @@ def cost_terms(space: DimensionSpace) -> list[CostTerm]:
         count = 0 if place.is_buffer else 1
         if count or used:
             module = name.rpartition(".")[0] or name
-            for positions, coefficient, dimensions in _expand(place.axes, used, space.sizes):
-                terms.append(CostTerm(module, place.block, dimensions, count * coefficient, positions * coefficient))
+            for positions, coefficient, dimensions, present in _expand(place.axes, used, space.sizes):
+                macs = positions * coefficient
+                terms.append(CostTerm(module, place.block, dimensions, count * coefficient, macs, present))
     for heads, owner in space.attention.items():
         children = [d.name for d in space.dimensions.values() if d.per == heads]
         layers = sum(_dense(t, space.sizes)[1] for t in terms if t.module == owner or t.module.startswith(owner + "."))
         matmuls = space.trace.module_macs.get(owner, 0) - layers
         block = next(p.block for n, p in space.places.items() if n.startswith(owner + "."))
-        pairs = matmuls // (space.sizes[heads] * sum(space.sizes[c] for c in children))
+        pairs = matmuls // max(space.sizes[heads] * sum(space.sizes[c] for c in children), 1)
         terms += [CostTerm(owner, block, (heads, child), 0, pairs) for child in children]
     rest = space.trace.module_macs[space.counted.rstrip(".")] - sum(_dense(t, space.sizes)[1] for t in terms)
     if rest:  # matrix products that no axis explains: counted, but they do not follow the plan
@@ -62,8 +67,8 @@ def cost_terms(space: DimensionSpace) -> list[CostTerm]:
 
 def _expand(
     axes: Sequence[Axis], used: Sequence[tuple[int, int, int]], sizes: Mapping[str, int]
-) -> Iterable[tuple[int, int, tuple[str, ...]]]:
-    """The products that a tensor's size is the sum of: positions of its rows, coefficient, dimensions.
+) -> Iterable[tuple[int, int, tuple[str, ...], tuple[str, ...]]]:
+    """The products that a tensor's size is the sum of: positions of its rows, coefficient, dimensions, present ones.
 
     Rows are the first axis. A term of it that is used in parts has no number of positions of its own; what they
     do not share goes to the rest that does not follow the plan.
@@ -71,16 +76,18 @@ def _expand(
     start = 0
     for rows in axes[0] if axes else [()]:  # a single number has no axis
         end = start + term_size(rows, sizes)
-        positions = sum(n * max(0, min(end, last) - max(start, first)) for first, last, n in used) // (end - start)
+        shared = sum(n * max(0, min(end, last) - max(start, first)) for first, last, n in used)
+        positions = shared // max(end - start, 1)
         for choice in product(*axes[1:]):
             symbols = [s for term in (rows, *choice) for s in term]
             coefficient = int(np.prod([s for s in symbols if isinstance(s, int)], dtype=np.int64))
-            yield positions, coefficient, tuple(s for s in symbols if isinstance(s, str))
+            present = tuple(s.of for s in symbols if isinstance(s, Present))
+            yield positions, coefficient, tuple(s for s in symbols if isinstance(s, str)), present
         start = end
 
 
 def _dense(term: CostTerm, sizes: Mapping[str, int]) -> tuple[int, int]:
-    size = 1
+    size = int(all(sizes[name] for name in term.present))
     for name in term.dimensions:
         size *= sizes[name]
     return term.params * size, term.macs * size
@@ -98,14 +105,17 @@ class PlanCosts:
         """Collect equal products of a space's terms."""
         self.names = tuple(space.dimensions)
         column = {name: i for i, name in enumerate(self.names)}
+        count = len(column)
         collected: dict[tuple[int, ...], list[int]] = defaultdict(lambda: [0, 0])
         for term in cost_terms(space):
-            entry = collected[tuple(sorted(column[n] for n in term.dimensions))]
+            factors = [column[n] for n in term.dimensions] + [count + column[n] for n in term.present]
+            entry = collected[tuple(sorted(factors))]
             entry[0] += term.params
             entry[1] += term.macs
-        # Products are padded to one degree with a column of ones after the last dimension.
+        # After the sizes come columns of their presence (1, or 0 for none); products are padded to one degree with a
+        # last column of ones.
         degree = max(map(len, collected))
-        padded = [key + (len(self.names),) * (degree - len(key)) for key in collected]
+        padded = [key + (2 * count,) * (degree - len(key)) for key in collected]
         self._factors = np.array(padded, dtype=np.int64)  # [products, degree]
         self._coefficients = np.array(list(collected.values()), dtype=np.int64)  # [products, 2]
         self.dense = self.of(np.array([space.sizes[n] for n in self.names]))
@@ -119,7 +129,8 @@ class PlanCosts:
         Returns:
             Shape [..., 2], exact.
         """
-        columns = np.concatenate([sizes, np.ones_like(sizes[..., :1])], axis=-1).astype(np.int64)
+        ones = np.ones_like(sizes[..., :1])
+        columns = np.concatenate([sizes, np.minimum(sizes, 1), ones], axis=-1).astype(np.int64)
         factors = np.moveaxis(columns, -1, 0)[self._factors]  # [products, degree, ...]
         products = factors[:, 0]
         for position in range(1, factors.shape[1]):
@@ -127,13 +138,19 @@ class PlanCosts:
         return np.stack([np.tensordot(c, products, axes=1) for c in self._coefficients.T], axis=-1)
 
     def coupled(self) -> npt.NDArray[np.bool_]:
-        """Which dimensions share a product: one's size sets the other's cost. Shape [dimensions] * 2."""
+        """Which dimensions share a product: one's size sets the other's cost. Shape [dimensions] * 2.
+
+        A dimension is coupled with itself if its cost is not linear in its size.
+        """
         count = len(self.names)
         coupled = np.zeros((count + 1, count + 1), dtype=bool)
-        for first in range(self._factors.shape[1]):
-            for second in range(self._factors.shape[1]):
+        presence = (self._factors >= count) & (self._factors < 2 * count)
+        columns = np.where(presence, self._factors - count, np.minimum(self._factors, count))
+        for first in range(columns.shape[1]):
+            for second in range(columns.shape[1]):
                 if first != second:
-                    coupled[self._factors[:, first], self._factors[:, second]] = True
+                    coupled[columns[:, first], columns[:, second]] = True
+        coupled[columns[presence], columns[presence]] = True
         return coupled[:count, :count]
 
     def savings(self, sizes: Array, smaller: Array, which: Array) -> Array:

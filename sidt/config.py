@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sidt.budget import Budget
 from sidt.data import DataConfig
+from sidt.distillation import TeacherConfig
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS, Kind
+from sidt.gates import GateConfig
+from sidt.study import Sampler
 from sidt.training import TrainConfig
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -40,14 +43,16 @@ class ScoreConfig(_Strict):
     """Which importance.
 
     Attributes:
-        method: the criterion.
-        images: training images it is measured on.
+        method: the criterion; gates are SiDT's search stage.
+        images: training images it is measured on, or that gates are learned on.
         options: keyword arguments of the criterion.
+        gates: how gates are learned.
     """
 
-    method: Literal["random", "magnitude", "taylor", "fisher", "activation"] = "taylor"
+    method: Literal["random", "magnitude", "taylor", "fisher", "activation", "gates"] = "taylor"
     images: int = Field(default=1024, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
+    gates: GateConfig = GateConfig()
 
 
 class BudgetConfig(_Strict):
@@ -55,6 +60,7 @@ class BudgetConfig(_Strict):
 
     params: float | int | str | None = None
     macs: float | int | str | None = None
+    latency: float | str | None = None
 
     @model_validator(mode="after")
     def _valid(self) -> "BudgetConfig":
@@ -63,7 +69,7 @@ class BudgetConfig(_Strict):
 
     def value(self) -> Budget:
         """The budget itself."""
-        return Budget(self.params, self.macs)
+        return Budget(self.params, self.macs, self.latency)
 
 
 class SearchConfig(_Strict):
@@ -73,22 +79,30 @@ class SearchConfig(_Strict):
         trials: finished trials in all.
         timeout: seconds after which no new trial starts.
         images: held-out images that a trial is measured on; None: all.
+        sampler: Optuna's: tpe, cmaes, gp or random.
+        objective: what trials are judged by: top1, or loss (the log-likelihood of the right class, less noisy).
+        warm: run folders whose searches' best multipliers are tried right after the plain ranking.
+        jobs: trials at a time, in threads of one process; several processes may share a storage as well.
         storage: Optuna storage URL; None: SQLite in the run folder.
         pareto: accuracy against multiply-adds, at or below the budget.
         kinds: the kinds of dimensions that are searched.
         freeze: patterns of dimensions that stay whole.
-        min_units: the least units of a dimension.
+        min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
     """
 
     trials: int = Field(default=40, ge=1)
     timeout: float | None = Field(default=None, gt=0)
     images: int | None = Field(default=None, ge=1)
+    sampler: Sampler = "tpe"
+    objective: Literal["top1", "loss"] = "loss"
+    warm: tuple[Path, ...] = ()
+    jobs: int = Field(default=1, ge=1)
     storage: str | None = None
     pareto: bool = False
     kinds: tuple[Kind, ...] = INNER_KINDS
     freeze: tuple[str, ...] = ()
-    min_units: int = Field(default=1, ge=1)
+    min_units: int = Field(default=1, ge=0)
     round_to: int = Field(default=1, ge=1)
 
 
@@ -100,9 +114,12 @@ class RunConfig(_Strict):
         data: the data.
         train: how the dense model is trained; None: it comes with its weights.
         score: the importance.
+        repair: whether the dense model is aligned before it is scored, and what lost inputs is refitted after every
+            slice, on the images of the scores.
         budget: what the small model may cost.
         search: the search.
         finetune: how the small model is trained.
+        teacher: how the dense model teaches it meanwhile; None: it does not.
         device: where all of it runs, unless a training says otherwise.
         seed: of the search and of random scores.
     """
@@ -111,9 +128,11 @@ class RunConfig(_Strict):
     data: DataConfig = DataConfig()
     train: TrainConfig | None = None
     score: ScoreConfig = ScoreConfig()
+    repair: bool = True
     budget: BudgetConfig
     search: SearchConfig = SearchConfig()
     finetune: TrainConfig = TrainConfig()
+    teacher: TeacherConfig | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
 

@@ -128,6 +128,7 @@ def train(
     help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
 )
 @click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
+@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
 @click.option("--on", type=click.Choice(["backbone", "detector"]), help="What the budget is of; default: backbone.")
 @click.option("--score", type=click.Choice(["taylor", "fisher", "magnitude", "random"]), help="The importance.")
 @click.option("--score-images", type=int, help="Training images that the importance is measured on.")
@@ -149,6 +150,7 @@ def search(
     checkpoint: Path | None,
     budget_params: str | None,
     budget_macs: str | None,
+    budget_latency: str | None,
     holdout: str | None,
     kinds: str | None,
     input_size: str | None,
@@ -159,7 +161,7 @@ def search(
     Stop it with Ctrl-C; the same command goes on.
     """
     pipeline = detection("pipeline")
-    budget = {"params": number(budget_params), "macs": number(budget_macs)}
+    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
     given = {
         **settings,
         "budget": budget if any(bound is not None for bound in budget.values()) else None,
@@ -178,12 +180,15 @@ def search(
 @_DATA
 @_OPTIONS
 @_AMP
+@click.option("--teacher", is_flag=True, help="Learn from the dense detector too, as the config's sidt.teacher says.")
 @_LAUNCHER
-def finetune(source: Path, data_root: Path | None, options: tuple[str, ...], amp: bool, launcher: str) -> None:
+def finetune(
+    source: Path, data_root: Path | None, options: tuple[str, ...], amp: bool, teacher: bool, launcher: str
+) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("pipeline")
     run = pipeline.open_run(source, data_root=data_root)
-    click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher))
+    click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
 
 
 @detect.command()

@@ -1,9 +1,11 @@
 """Top-1 accuracy, and the checks that come before a model meets data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -37,16 +39,36 @@ def check_data(model: nn.Module, data: Dataset[Any]) -> int:
     return count
 
 
+Judge = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> one value for every sample
+
+
+def correct(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
+    """Whether the model's first choice is right: bool, one for every sample, in order.
+
+    The options are those of :func:`judged`, and so is what is raised.
+    """
+    return judged(model, data, lambda logits, targets: logits.argmax(-1) == targets, **options)
+
+
+def log_likelihood(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
+    """Log-probability that the model gives to the right class: one for every sample, in order.
+
+    Less noisy than accuracy where close models are compared. The options are those of :func:`judged`.
+    """
+    return judged(model, data, lambda logits, targets: -F.cross_entropy(logits, targets, reduction="none"), **options)
+
+
 @torch.no_grad()  # not inference_mode: what a model caches in it could not be trained with afterwards
-def correct(
+def judged(
     model: nn.Module,
     data: Dataset[Any],
+    judge: Judge,
     *,
     batch_size: int = 256,
     device: str = "auto",
     workers: int = 0,
 ) -> np.ndarray:
-    """Whether the model's first choice is right: bool, one for every sample, in order.
+    """One value for every sample, in order.
 
     The model is moved to ``device`` and stays there; its modules' training modes are restored.
 
@@ -58,14 +80,14 @@ def correct(
     modes = [(module, module.training) for module in model.modules()]
     model.to(place).eval()
     try:
-        hits = [
-            torch.stack(heads_of(model(images.to(place)))).mean(0).argmax(-1).cpu() == targets
+        values = [
+            judge(torch.stack(heads_of(model(images.to(place)))).mean(0).float().cpu(), targets)
             for images, targets in make_loader(data, batch_size, workers=workers)
         ]
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(hits).numpy()
+    return torch.cat(values).numpy()
 
 
 def top1(model: nn.Module, data: Dataset[Any], **options: Any) -> float:

@@ -234,7 +234,7 @@ def activation(
         raise InputError("activation importance got no batch; give at least one image")
     read = {n: weights[n].detach().square() * _along(mode.read[n], weights[n].ndim, 1) for n in mode.read}
     written = {n: _along(mode.written[n], weights[n].ndim, 0).expand_as(weights[n]) for n in mode.written}
-    entries = {n: w[0].numel() for n, w in weights.items()}
+    entries = {n: w.shape[1:].numel() for n, w in weights.items()}
     from_readers = unit_sums(space, read, dim=1)
     from_writers = unit_sums(space, {n: w / entries[n] for n, w in written.items()}, dim=0)
     scores = {n: s if s.any() else from_writers[n] for n, s in from_readers.items()}

@@ -2,15 +2,18 @@
 
 ::
 
-    train -> dense/            score -> scores.safetensors      search -> study.db, search/
+    train -> dense/            score -> base/, scores.safetensors      search -> study.db, search/
     slice -> sliced/           finetune -> config.json, plan.json, model.safetensors (the result, for sidt.load)
     evaluate -> evaluation.json        report -> report.md, kept.png, search.png
+
+base/ is the dense model in the basis that scores and plans are of (see :mod:`sidt.alignment`); what it computes is the
+same.
 """
 
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,26 +25,34 @@ from torch.utils.data import Dataset, Subset
 
 from sidt import importance as criteria
 from sidt import report as reporting
+from sidt.alignment import align
 from sidt.allocation import Rules
 from sidt.batches import make_loader
 from sidt.checkpoint import create_model, load, load_weights, save
+from sidt.compensation import compensate
 from sidt.complexity import ComplexityReport, Group, measure, report, time_forward
 from sidt.config import RunConfig, dump_config, read_config
 from sidt.data import Splits, load_data
 from sidt.devices import resolve_device
+from sidt.distillation import distillation_loss
 from sidt.errors import InputError
-from sidt.evaluation import check_classes, correct, top1
+from sidt.evaluation import check_classes, correct, log_likelihood, top1
 from sidt.files import read_json, write_json, write_text
 from sidt.importance import Importance, load_importance
+from sidt.moments import Moments, measure_moments
 from sidt.plan import DimensionPlan, load_plan
 from sidt.space import DimensionSpace, space_for
+from sidt.study import Gain
 from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
+from sidt.timing import compare_layers, latencies_for, whereabouts
 from sidt.trace import InputSize
-from sidt.training import TrainConfig, fit
+from sidt.training import Loss, TrainConfig, fit
 
 # What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
-PLAN, SEARCH = "search/plan.json", "search/search.json"
+PLAN, SEARCH, LATENCY = "search/plan.json", "search/search.json", "latency"
+_JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
+_PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,11 @@ def train(run: Run) -> str:
 
 
 def score(run: Run) -> str:
-    """Score every unit of the dense model."""
+    """Align the dense model, if it is to be repaired, and score every unit of it."""
     model, config, begin = _dense(run), run.config.score, time.perf_counter()
     space = space_for(model)
+    if run.config.repair:
+        model = align(model, _moments(run, model))[0]
     options = dict(config.options)
     if config.method == "random":
         options.setdefault("seed", run.config.seed)
@@ -130,39 +143,55 @@ def score(run: Run) -> str:
     except TypeError as error:
         raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
     found.save(run.folder / "scores.safetensors")
+    save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
     return f"scores by {config.method} in {time.perf_counter() - begin:.0f} s -> {run.folder / 'scores.safetensors'}"
 
 
 def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
-    model, config = _dense(run), run.config.search
+    model, config = _base(run), run.config.search
     space = space_for(model)
     scores = load_importance(_existing(run, "scores.safetensors", "score"), space)
     data = load_data(run.config.data)
     held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
 
-    def objective(images: Dataset[Any]) -> Callable[[nn.Module], Any]:
-        return lambda small: correct(small, images, device=run.device)
+    judge = correct if config.objective == "top1" else log_likelihood
 
+    def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
+        parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
+        return lambda small: (judge(small, part, device=run.device) for part in parts)
+
+    slicer, begin = _slicer(run, model), time.perf_counter()
+    dense = float(np.concatenate(list(objective(held_out)(model))).mean())
+    once = time.perf_counter() - begin
+    limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
+    cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
+    say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
+    rules, budget = Rules(config.kinds, config.freeze, config.min_units, config.round_to), run.config.budget.value()
+    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
     begin = time.perf_counter()
     dense = float(correct(model, held_out, device=run.device).mean())
     once = time.perf_counter() - begin
     cost = f"about {once:.1f} s each or less, {once * config.trials:.0f} s in all"
     say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
-    rules = Rules(config.kinds, config.freeze, config.min_units, config.round_to)
     result = optuna_search(
         model,
         scores,
-        run.config.budget.value(),
+        budget,
         objective(held_out),
         fresh=objective(data.fresh),
         trials=config.trials,
         timeout=config.timeout,
         seed=run.config.seed,
+        sampler=config.sampler,
         rules=rules,
+        latencies=latencies,
+        slicer=slicer,
+        warm=[read_json(_existing(Run(w, run.config), SEARCH, "search"))["multipliers"] for w in config.warm],
+        jobs=config.jobs,
         pareto=config.pareto,
         storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
-        label=f"{run.config.data.model_dump_json()} {config.images}",
+        label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
     )
     finished = [t for t in result.study.get_trials() if t.values is not None]
     result.plan.save(run.folder / PLAN)
@@ -172,31 +201,38 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     write_json(
         run.folder / SEARCH,
         {
-            "budget": str(run.config.budget.value()),
+            "budget": str(budget),
             "dense": dense,
             "plain": result.plain_value,
             "best": result.value,
             "values": [t.values[0] for t in finished],
+            "pruned": result.pruned,
+            "objective": config.objective,
+            "multipliers": dict(result.multipliers),
             "gain": gain
             and {
                 "plain": gain.plain,
                 "found": gain.found,
                 "error": gain.error,
                 "samples": gain.samples,
-                "says": str(gain),
+                "says": _says(gain, config.objective),
             },
-            "front": [{"top1": value, "macs": macs} for _, value, macs in result.front],
+            "front": [{"value": value, "macs": macs} for _, value, macs in result.front],
         },
     )
     small, full = report(space, result.plan.sizes), report(space)
     kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
-    return f"plan with {kept} after {len(finished)} trials; {gain} -> {run.folder / PLAN}"
+    if latencies is not None:
+        kept += f", {latencies.milliseconds(result.plan.sizes):.2f} of {latencies.dense_ms:.2f} ms by the layer table"
+    ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
+    verdict = f"; {_says(gain, config.objective)}" if gain else ""
+    return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
 
 
 def slice_(run: Run) -> str:
-    """Slice the dense model by the plan."""
-    model = _dense(run)
-    small = slice_model(model, _plan(run, space_for(model)))
+    """Slice the dense model by the plan, and repair what lost inputs."""
+    model = _base(run)
+    small = _slicer(run, model)(_plan(run, space_for(model))).cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
@@ -204,9 +240,12 @@ def slice_(run: Run) -> str:
 
 def finetune(run: Run) -> str:
     """Train the sliced model further; the result is the run folder's own checkpoint."""
-    model = load(_existing(run, "sliced/config.json", "slice").parent)
-    data = load_data(run.config.data)
-    _fit(run, model, data, run.config.finetune, "finetune")
+    model, config, loss = load(_existing(run, "sliced/config.json", "slice").parent), run.config, None
+    data = load_data(config.data)
+    if config.teacher is not None:
+        options = config.teacher.model_dump()
+        loss = distillation_loss(_dense(run), model, smoothing=config.finetune.smoothing, **options)
+    _fit(run, model, data, config.finetune, "finetune", loss)
     save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
     return f"fine-tuned: {_percent(top1(model, data.holdout, device=run.device))} on held-out images -> {run.folder}"
 
@@ -244,12 +283,17 @@ def write_report(run: Run) -> str:
     rows = read_json(_existing(run, "evaluation.json", "evaluate"))
     _check_one_plan(run)
     reporting.plot_kept(plan, run.folder / "kept.png")
-    front = search_result["front"]
+    front, judged_by = search_result["front"], f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front:
-        reporting.plot_front([(point["top1"], point["macs"]) for point in front], run.folder / "search.png")
+        points = [(point["value"], point["macs"]) for point in front]
+        reporting.plot_front(points, judged_by, run.folder / "search.png")
     else:
         reporting.plot_search(
-            search_result["values"], search_result["plain"], search_result["dense"], run.folder / "search.png"
+            search_result["values"],
+            search_result["plain"],
+            search_result["dense"],
+            judged_by,
+            run.folder / "search.png",
         )
     costs = reporting.complexity_text(report(space, by="block"), report(space, plan.sizes, by="block"), "md")
     gain = search_result["gain"]
@@ -294,6 +338,30 @@ def _dense(run: Run) -> nn.Module:
     return load(_existing(run, "dense/config.json", "train").parent)
 
 
+def _base(run: Run) -> nn.Module:
+    return load(_existing(run, "base/config.json", "score").parent)
+
+
+def _moments(run: Run, model: nn.Module) -> Moments:
+    images = _sample(load_data(run.config.data).calibration, run.config.score.images)
+    return measure_moments(model.to(run.device), make_loader(images, 64))
+
+
+def _slicer(run: Run, model: nn.Module) -> Callable[[DimensionPlan], nn.Module]:
+    """Makes the small model of a plan: sliced, and repaired unless the config says otherwise."""
+    if not run.config.repair:
+        return lambda plan: slice_model(model, plan)
+    moments = _moments(run, model)
+    return lambda plan: compensate(model, plan, moments)
+
+
+def _says(gain: Gain, objective: str) -> str:
+    """Whether the search paid, in one sentence."""
+    if objective == "top1":
+        return str(gain)
+    return gain.sentence("{:+.4f}", "{:.4f}", f"the log-likelihood of {gain.samples} fresh samples")
+
+
 def _plan(run: Run, space: DimensionSpace) -> DimensionPlan:
     return load_plan(_existing(run, PLAN, "search"), space)
 
@@ -314,11 +382,13 @@ def _sample(data: Dataset[Any], count: int) -> Subset[Any]:
     return Subset(data, order[:count].tolist())
 
 
-def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str) -> None:
-    """Train with a resumable state that belongs to this config and these starting weights."""
+def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str, loss: Loss | None = None) -> None:
+    """Train with a resumable state that belongs to this config, this loss and these starting weights."""
     if config.device == "auto":
         config = config.model_copy(update={"device": run.device})
     digest = hashlib.sha256((config.model_dump_json() + run.config.data.model_dump_json()).encode())
+    if loss is not None:
+        digest.update(loss.__qualname__.encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     states = run.folder / "states"
@@ -326,7 +396,7 @@ def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: st
     for old in states.glob(f"{step}-*"):
         if old != own:
             shutil.rmtree(old)
-    history = fit(model, data.train, config, val=data.holdout, folder=own, label=step)
+    history = fit(model, data.train, config, val=data.holdout, folder=own, loss=loss, label=step)
     write_json(run.folder / f"{step}.json", history)
 
 
@@ -360,6 +430,28 @@ def complexity_of(
     Raises:
         InputError: the source names no model, or the plan is for another one.
     """
+    model, plan = _named(source, plan)
+    space = space_for(model, input_size)
+    dense = report(space, by=by)
+    return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)
+
+
+def latency_of(source: str, plan: Path | None, input_size: InputSize | None, style: reporting.Format) -> str:
+    """What a plan does to the time of each layer here, as a table; sources are those of :func:`complexity_of`.
+
+    Raises:
+        InputError: the source names no model, there is no plan, or it is for another model.
+    """
+    model, plan = _named(source, plan)
+    if plan is None:
+        raise InputError(f"the latency of {source} is compared with that of its plan; give one with --plan")
+    space = space_for(model, input_size)
+    rows = compare_layers(model, load_plan(plan, space))
+    return reporting.latency_text(rows, whereabouts(model, space, 1), style)
+
+
+def _named(source: str, plan: Path | None) -> tuple[nn.Module, Path | None]:
+    """The model that a source names, and its plan if it has one and none is given."""
     path = Path(source)
     if (path / "config.yaml").is_file():
         config = read_config(path / "config.yaml").model
@@ -374,6 +466,4 @@ def complexity_of(
         raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
     else:
         model = create_model(source, {})
-    space = space_for(model, input_size)
-    dense = report(space, by=by)
-    return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)
+    return model, plan

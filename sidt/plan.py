@@ -10,7 +10,7 @@ import numpy as np
 from sidt.axes import Array
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
-from sidt.space import DimensionSpace
+from sidt.space import VANISHING, Dimension, DimensionSpace
 
 _FORMAT = "sidt-plan-1"
 
@@ -23,10 +23,12 @@ class DimensionPlan:
         space: the space of the dense model.
         keep: for each dimension the kept indices in ascending order; shape [kept], or [kept parents, kept]
             for a dimension whose units are chosen for each unit of its parent (rows in the order of the kept
-            parents). Dimensions left out are kept whole.
+            parents). Dimensions left out are kept whole. Heads and mlp may keep none: their sublayer then only adds
+            its output bias. Below no heads, qk and v have no row and count as one unit, shape [0, 1].
 
     Raises:
-        InputError: a name is unknown, or indices are out of range, repeated, empty, or of the wrong shape.
+        InputError: a name is unknown, or indices are out of range, repeated, of the wrong shape, or none where
+            there must be some.
     """
 
     space: DimensionSpace
@@ -43,8 +45,8 @@ class DimensionPlan:
         for name, dimension in self.space.dimensions.items():
             rows = (len(keep[dimension.per]),) if dimension.per is not None else ()
             whole = np.broadcast_to(np.arange(dimension.size), (*rows, dimension.size))
-            keep[name] = _checked(name, np.asarray(self.keep.get(name, whole)), dimension.size, rows)
-            if dimension.fixed and keep[name].shape != whole.shape:
+            keep[name] = _checked(dimension, np.asarray(self.keep.get(name, whole)), rows)
+            if dimension.fixed and rows != (0,) and keep[name].shape != whole.shape:
                 raise InputError(f"the plan prunes {name}, but it must stay whole: statistics are taken over it")
         object.__setattr__(self, "keep", keep)
 
@@ -86,13 +88,18 @@ def _known(space: DimensionSpace) -> str:
     return f"its dimensions are {', '.join(list(space.dimensions)[:6])}, ..."
 
 
-def _checked(name: str, kept: Array, size: int, rows: tuple[int, ...]) -> Array:
-    where = f"the plan's {name} (size {size})"
+def _checked(dimension: Dimension, kept: Array, rows: tuple[int, ...]) -> Array:
+    size = dimension.size
+    where = f"the plan's {dimension.name} (size {size})"
+    if rows == (0,) and kept.shape[:1] == (0,):  # JSON has no width for no rows
+        return np.zeros((0, 1), dtype=np.int64)
     if kept.ndim != len(rows) + 1 or kept.shape[:-1] != rows:
         expected = f"{rows[0]} lists, one for each kept unit of its parent" if rows else "one list of indices"
         raise InputError(f"{where} has shape {list(kept.shape)}, expected {expected}, all of one length")
-    if kept.shape[-1] == 0:
-        raise InputError(f"{where} keeps no unit; keep at least one")
+    if kept.shape[-1] == 0 and dimension.kind not in VANISHING:
+        raise InputError(f"{where} keeps no unit; keep at least one: only {' and '.join(VANISHING)} may go to none")
+    if kept.size == 0:
+        return kept.astype(np.int64)
     if not np.issubdtype(kept.dtype, np.integer):
         raise InputError(f"{where} must hold whole numbers, got {kept.dtype}")
     kept = np.sort(kept.astype(np.int64), axis=-1)

@@ -16,6 +16,7 @@ from sidt.complexity import ComplexityReport
 from sidt.files import replacing
 from sidt.plan import DimensionPlan
 from sidt.space import DimensionSpace
+from sidt.timing import LayerTime
 
 matplotlib.use("Agg")
 
@@ -65,6 +66,23 @@ def complexity_text(dense: ComplexityReport, sliced: ComplexityReport | None, st
     return text if raw else f"{text}\n\n{counted} Not counted: {dense.not_counted}."
 
 
+def latency_text(rows: Sequence[LayerTime], where: Mapping[str, Any], style: Format = "table") -> str:
+    """What a plan does to the time of each layer beside its multiply-adds, and which layers do not pay."""
+    if style == "json":
+        return json.dumps({"where": dict(where), "layers": [vars(row) for row in rows]}, indent=1)
+    cells = []
+    for row in rows:
+        times = [f"{row.dense_ms:.3f}", f"{row.sliced_ms:.3f}", f"{row.latency:.1%}", f"{row.macs:.1%}"]
+        cells.append([row.name, *times, "yes" if row.pays else "no"])
+    text = table(["layer", "dense ms", "sliced ms", "time left", "MACs left", "pays"], cells, style)
+    if style == "csv":
+        return text
+    lazy = [row.name for row in rows if not row.pays and not row.name.startswith("(")]
+    says = f"{len(lazy)} layers do not pay: {', '.join(lazy)}" if lazy else "Every layer pays"
+    facts = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
+    return f"{text}\n\n{says}. A layer pays if its time shrinks as its MACs do, to 10 %. Measured on {facts}."
+
+
 def _as_json(report: ComplexityReport) -> dict[str, Any]:
     return {
         "model": report.model,
@@ -112,11 +130,12 @@ def plot_kept(plan: DimensionPlan, path: Path) -> None:
         columns = [i for i, b in enumerate(blocks) if b[: len(dimension.index)] == dimension.index]
         for column in columns:
             row = kinds.index(dimension.kind)
-            grid[row, column] = sizes[dimension.name] / dimension.size
+            size = sizes[dimension.name] if dimension.per is None or sizes[dimension.per] else 0
+            grid[row, column] = size / max(dimension.size, 1)
             axes.text(
                 column,
                 row,
-                str(sizes[dimension.name]),
+                str(size),
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -131,7 +150,7 @@ def plot_kept(plan: DimensionPlan, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_search(values: Sequence[float], plain: float, dense: float | None, path: Path) -> None:
+def plot_search(values: Sequence[float], plain: float, dense: float | None, score: str, path: Path) -> None:
     """Draw the score of every trial, the best so far, the plain ranking and the dense model."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -141,18 +160,18 @@ def plot_search(values: Sequence[float], plain: float, dense: float | None, path
     if dense is not None:
         axes.axhline(dense, linestyle=":", color="black", label="dense")
     axes.set_xlabel("trial")
-    axes.set_ylabel("top-1 on held-out images")
+    axes.set_ylabel(score)
     axes.legend()
     _save(figure, path)
 
 
-def plot_front(front: Sequence[tuple[float, float]], path: Path) -> None:
+def plot_front(front: Sequence[tuple[float, float]], score: str, path: Path) -> None:
     """Draw the Pareto front: score against multiply-adds, in millions."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([macs / 1e6 for _, macs in front], [value for value, _ in front], "o-")
     axes.set_xlabel("MMACs")
-    axes.set_ylabel("top-1 on held-out images")
+    axes.set_ylabel(score)
     _save(figure, path)
 
 

@@ -19,6 +19,8 @@ from sidt.errors import InputError
 from sidt.families import Family, Kind, Line, family_of, match_line, read_family
 from sidt.trace import InputSize, Trace, trace
 
+VANISHING: tuple[Kind, ...] = ("heads", "mlp")  # kinds that may have no unit: their sublayer is then its output bias
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -27,7 +29,7 @@ class Dimension:
     Attributes:
         name: its name, such as ``hidden.3``.
         kind: what it is.
-        size: number of units; for a dimension with a parent, units in each unit of the parent.
+        size: number of units; for a dimension with a parent, units in each unit of the parent (1 if that has none).
         per: the parent whose units each choose their own, the same number in each (q/k and v sizes per head).
         index: where it stands: the block, or stage and block; empty for one that all share.
         fixed: whether it must stay whole.
@@ -194,17 +196,20 @@ def _attribute_paths(
             yield path, {v: index[v] for v in variables}
 
 
-def _solve(equations: list[tuple[Axis, int]]) -> dict[str, int]:
+def _solve(equations: list[tuple[Axis, int]], dimensions: Mapping[str, tuple[Kind, str | None, Any]]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     while True:
         found = dict(s for axis, extent in equations if (s := axes.solve(axis, extent, sizes)) is not None)
+        found = {name: size for name, size in found.items() if size or dimensions[name][0] in VANISHING}
         if not found:
-            return sizes
+            break
         sizes |= found
+    # No tensor tells how many units each of no heads has; plans say 1.
+    return sizes | {name: 1 for name, (_, parent, _) in dimensions.items() if parent and sizes.get(parent) == 0}
 
 
 def _fits(bound: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:
-    known = all(axes.names(axis) <= set(sizes) for axis in bound)
+    known = all(axes.names(axis) | axes.presences(axis) <= set(sizes) for axis in bound)
     return known and tuple(axes.axis_size(axis, sizes) for axis in bound) == shape
 
 
@@ -251,14 +256,14 @@ def space_for(
     for name, alternatives in bound.items():
         if len(alternatives) == 1:
             equations += zip(alternatives[0], tensors[name][0].shape, strict=True)
-    sizes = _solve(equations)
+    sizes = _solve(equations, binder.dimensions)
 
     places = {}
     for name, (tensor, is_buffer) in tensors.items():
         if name in matches:
             shape = tuple(tensor.shape)
             fitting = [alternative for alternative in bound[name] if _fits(alternative, shape, sizes)]
-            if len(fitting) != 1:
+            if not fitting or (len(fitting) > 1 and 0 not in shape):  # of nothing, every alternative is the same
                 raise InputError(
                     f"{family.file.name}: {name} of {type(model).__name__} has shape {list(shape)}, which "
                     f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
@@ -266,7 +271,7 @@ def space_for(
             places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
     dimensions = _dimensions(binder, places, sizes)
     _check_heads(dimensions, family.file)
-    attention = {d.name: _owner(d.name, places) for d in dimensions.values() if d.kind == "heads"}
+    attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}
     return DimensionSpace(
         type(model).__name__,
         family.file.stem,
@@ -280,7 +285,7 @@ def space_for(
 
 
 def _seen(alternatives: list[tuple[Axis, ...]], sizes: Mapping[str, int]) -> str:
-    used = sorted({n for alternative in alternatives for axis in alternative for n in axes.names(axis)})
+    used = sorted({n for a in alternatives for axis in a for n in axes.names(axis) | axes.presences(axis)})
     return ", ".join(f"{name}={sizes.get(name, 'unknown')}" for name in used) or "no dimensions"
 
 
@@ -315,9 +320,9 @@ def _check_heads(dimensions: Mapping[str, Dimension], file: Path) -> None:
             )
 
 
-def _owner(heads: str, places: Mapping[str, Place]) -> str:
-    """The module whose parameters a heads dimension lives in: their longest common prefix."""
-    holders = [name.split(".") for name, place in places.items() if any(heads in axes.names(a) for a in place.axes)]
+def owner_of(dimension: str, places: Mapping[str, Place]) -> str:
+    """The module whose parameters a dimension lives in: their longest common prefix."""
+    holders = [name.split(".") for name, place in places.items() if any(dimension in axes.names(a) for a in place.axes)]
     shared = []
     for parts in zip(*holders, strict=False):
         if len(set(parts)) > 1:

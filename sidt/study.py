@@ -4,20 +4,24 @@ Scores rank the units inside a dimension; how far scores of different kinds and 
 one multiplier for each kind and for each quarter of the depth. The first trial has all multipliers at 1, which is
 the plain ranking, and every trial is projected onto the budget by :func:`sidt.allocate`.
 
+An objective that gives its scores in parts costs less: after every part, Optuna's WilcoxonPruner stops a trial whose
+parts are worse than the best trial's beyond noise.
+
 (A module named ``search`` would hide the function ``sidt.search``.)
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
@@ -27,17 +31,23 @@ from sidt.budget import Budget
 from sidt.complexity import PlanCosts
 from sidt.errors import InputError
 from sidt.importance import Importance
+from sidt.latency import LayerLatencies
 from sidt.plan import DimensionPlan
 from sidt.space import DimensionSpace
 from sidt.surgery import slice_model
 
 Values = npt.NDArray[np.float64]
-Objective = Callable[[nn.Module], npt.NDArray[Any]]
+Objective = Callable[[nn.Module], npt.NDArray[Any] | Iterable[npt.NDArray[Any]]]
+Sampler = Literal["tpe", "cmaes", "gp", "random"]
+Multipliers = Mapping[str, float]  # log2 of the factors, by knob
 
 _DEPTHS = 4
 _LOG2_RANGE = 2.0  # multipliers between 1/4 and 4: beyond, plans were only worse than the plain ranking
 _STARTUP = 5  # random trials before the sampler learns; the plain ranking is a good start already
 _LEAST_SHARE = 0.25  # Pareto mode goes down to this part of the budget
+_PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless trial in ten goes on to its end
+_FIRST_PARTS = 2  # no trial is stopped before
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,8 @@ class SearchResult:
         value: the best trial's mean score on the held-out data.
         plain_value: the plain ranking's.
         gain: both on fresh data, if there was any.
+        multipliers: log2 of the best trial's multipliers, to warm-start another search.
+        pruned: how many trials were stopped early.
         front: in Pareto mode, the plans that no other beats in both score and multiply-adds, cheapest first, each
             with its mean score and multiply-adds.
         study: Optuna's.
@@ -98,6 +110,8 @@ class SearchResult:
     value: float
     plain_value: float
     gain: Gain | None
+    multipliers: Multipliers
+    pruned: int
     front: tuple[tuple[DimensionPlan, float, int], ...]
     study: optuna.Study
 
@@ -112,7 +126,12 @@ def search(
     trials: int = 50,
     timeout: float | None = None,
     seed: int = 0,
+    sampler: Sampler = "tpe",
     rules: Rules | None = None,
+    latencies: LayerLatencies | None = None,
+    slicer: Callable[[DimensionPlan], nn.Module] | None = None,
+    warm: Sequence[Multipliers] = (),
+    jobs: int = 1,
     pareto: bool = False,
     storage: str | None = None,
     label: str = "",
@@ -127,12 +146,18 @@ def search(
         model: the trained dense model.
         importance: its scores.
         budget: what every trial must meet.
-        objective: gives a sliced model a score for every held-out sample; the mean is maximised.
+        objective: gives a sliced model a score for every held-out sample, at once or in parts of equal size (the
+            same for every model); the mean is maximised.
         fresh: the same on other samples, to judge what was found.
-        trials: finished trials in all, those of earlier calls included.
+        trials: finished trials in all, those that were stopped early and those of earlier calls included.
         timeout: seconds after which no new trial starts.
         seed: of Optuna's sampler.
+        sampler: Optuna's TPE, CMA-ES, Gaussian process or random sampler.
         rules: what allocation may do.
+        latencies: of the layers, for a budget with a latency.
+        slicer: makes the model of a plan, for example sliced and repaired; default: :func:`sidt.slice_model`.
+        warm: multipliers of earlier searches (``SearchResult.multipliers``), tried right after the plain ranking.
+        jobs: trials at a time, in threads; more than one gives up that the same seed finds the same.
         pareto: maximise the score and minimise multiply-adds at or below the budget.
         storage: Optuna storage URL; default: in memory.
         label: what the objective is measured on; searches with other labels do not share trials.
@@ -144,16 +169,19 @@ def search(
     """
     if trials < 1:
         raise InputError(f"trials is {trials}; it must be at least 1")
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; it must be at least 1")
     rules = rules or Rules()
     space, costs = importance.space, PlanCosts(importance.space)
     knobs = _knobs(space, rules)
-    plain_plan = allocate(importance, budget, **asdict(rules))
-    name = _name(importance, budget, rules, pareto, label)
+    plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
+    name = _name(importance, budget, rules, pareto, label if latencies is None else f"{label} {latencies.digest()}")
 
     def plan_of(params: Mapping[str, float]) -> DimensionPlan:
         share = params.get("share", 1.0)
         limits = _shrunk(budget, share, plain_plan, costs)
-        return allocate(importance, limits, **asdict(rules), multipliers=_multipliers(space, params))
+        multipliers = _multipliers(space, params)
+        return allocate(importance, limits, **asdict(rules), multipliers=multipliers, latencies=latencies)
 
     def run(trial: optuna.Trial) -> float | tuple[float, float]:
         params = {knob: trial.suggest_float(knob, -_LOG2_RANGE, _LOG2_RANGE) for knob in knobs}
@@ -163,24 +191,34 @@ def search(
         used_params, used_macs = (int(c) for c in _cost(costs, plan))
         trial.set_user_attr("params", used_params)
         trial.set_user_attr("macs", used_macs)
-        value = float(np.mean(objective(slice_model(model, plan))))
+        parts = []
+        for step, part in enumerate(_parts(objective(make(plan)))):
+            parts.append(np.asarray(part, dtype=np.float64))
+            if not pareto:  # Optuna stops no trial that has two objectives
+                trial.report(float(parts[-1].mean()), step)
+                if step + 1 >= _FIRST_PARTS and trial.should_prune():
+                    raise optuna.TrialPruned
+        value = float(np.concatenate(parts).mean())
         return (value, used_macs) if pareto else value
 
+    make = slicer or (lambda plan: slice_model(model, plan))
     start = dict.fromkeys(knobs, 0.0) | ({"share": 1.0} if pareto else {})
+    first = [start, *(_warm(known, start) for known in warm)]
     with _quiet():
         study = _open(storage, name, pareto)
-        finished = study.get_trials(states=(TrialState.COMPLETE,))
-        study.sampler = optuna.samplers.TPESampler(
-            seed=seed + len(study.trials), n_startup_trials=_STARTUP
-        )  # else it would repeat itself
-        if not any(t.params == start for t in finished):
-            study.enqueue_trial(start)
+        finished = study.get_trials(states=_FINISHED)
+        study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
+        for known in first:
+            if not any(t.params == known for t in finished):
+                study.enqueue_trial(known)
         left = trials - len(finished)
         if left > 0:
             # The callback counts the trials of all processes that share the storage.
-            enough = MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
+            enough = MaxTrialsCallback(trials, states=_FINISHED)
             try:
-                study.optimize(run, n_trials=left, timeout=timeout, callbacks=[enough], show_progress_bar=progress)
+                study.optimize(
+                    run, n_trials=left, timeout=timeout, n_jobs=jobs, callbacks=[enough], show_progress_bar=progress
+                )
             except StorageInternalError as error:
                 reason = " ".join(str(error.__cause__ or error).split())[:200]
                 raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
@@ -191,9 +229,39 @@ def search(
     # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
     best = max(finished, key=lambda t: (t.values[0], -t.number))
     plan = plain_plan if best.number == plain_trial.number else plan_of(best.params)
-    gain = _gain(model, plain_plan, plan, fresh) if fresh is not None else None
+    gain = _gain(make(plain_plan), make(plan), fresh) if fresh is not None else None
     front = _front(study.best_trials, plan_of) if pareto else ()
-    return SearchResult(plan, plain_plan, best.values[0], plain_trial.values[0], gain, front, study)
+    pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
+    return SearchResult(
+        plan, plain_plan, best.values[0], plain_trial.values[0], gain, best.params, pruned, front, study
+    )
+
+
+def _parts(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Iterable[npt.NDArray[Any]]:
+    return [scores] if isinstance(scores, np.ndarray) else scores
+
+
+def _whole(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Values:
+    return np.concatenate([np.asarray(part, dtype=np.float64) for part in _parts(scores)])
+
+
+def _warm(known: Multipliers, start: Mapping[str, float]) -> dict[str, float]:
+    """The knobs of another search, as far as this one has them."""
+    return {knob: float(np.clip(known.get(knob, value), -_LOG2_RANGE, _LOG2_RANGE)) for knob, value in start.items()}
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    if name not in get_args(Sampler):
+        raise InputError(f"sampler is {name!r}; choose from {', '.join(get_args(Sampler))}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # GP
+        if name == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, sigma0=_LOG2_RANGE / 4)
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP)
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP)
 
 
 def _front(
@@ -231,19 +299,19 @@ def _shrunk(budget: Budget, share: float, plain: DimensionPlan, costs: PlanCosts
     """The budget with multiply-adds at most ``share`` of what the plain ranking uses."""
     if share >= 1:
         return budget
-    return Budget(params=budget.params, macs=max(2, int(share * int(_cost(costs, plain)[1]))))
+    return replace(budget, macs=max(2, int(share * int(_cost(costs, plain)[1]))))
 
 
-def _gain(model: nn.Module, plain: DimensionPlan, found: DimensionPlan, fresh: Objective) -> Gain:
-    ours = np.asarray(fresh(slice_model(model, found)), dtype=np.float64)
-    theirs = np.asarray(fresh(slice_model(model, plain)), dtype=np.float64)
+def _gain(plain: nn.Module, found: nn.Module, fresh: Objective) -> Gain:
+    ours, theirs = _whole(fresh(found)), _whole(fresh(plain))
     error = (ours - theirs).std(ddof=1) / np.sqrt(len(ours)) if len(ours) > 1 else float("nan")
     return Gain(float(theirs.mean()), float(ours.mean()), float(error), len(ours))
 
 
 def _name(importance: Importance, budget: Budget, rules: Rules, pareto: bool, label: str) -> str:
     """A study's name tells its searches apart, so that one storage can hold many and each resumes its own."""
-    digest = hashlib.sha256(json.dumps([importance.space.sizes, asdict(budget), asdict(rules), pareto, label]).encode())
+    bounds = {k: v for k, v in asdict(budget).items() if v is not None or k != "latency"}  # names from before it stay
+    digest = hashlib.sha256(json.dumps([importance.space.sizes, bounds, asdict(rules), pareto, label]).encode())
     for scores in importance.scores.values():
         digest.update(np.ascontiguousarray(scores).tobytes())
     return f"sidt-{digest.hexdigest()[:12]}"
@@ -252,7 +320,12 @@ def _name(importance: Importance, budget: Budget, rules: Rules, pareto: bool, la
 def _open(storage: str | None, name: str, pareto: bool) -> optuna.Study:
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: 2 if pareto else 1]
     try:
-        return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
+        return optuna.create_study(
+            storage=storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+        )
     except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot open the study storage {storage!r}: {reason}; give an Optuna storage URL") from None

@@ -82,7 +82,7 @@ class _Positions(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is F.linear or func in _CONVOLUTIONS:
             weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
-            self._add(weight, out.numel() // weight.shape[0])
+            self._add(weight, out.numel() // max(weight.shape[0], 1))
         elif func in _TRANSPOSED:
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
             image: Tensor = kwargs["input"] if "input" in kwargs else args[0]
@@ -96,7 +96,7 @@ class _Positions(TorchFunctionMode):
         """Note a use of a parameter, or of a view of some of its rows."""
         whole = weight if id(weight) in self.weights or weight._base is None else weight._base
         name, parameter = self.weights.get(id(whole), ("", weight))
-        if name and weight[0].numel() == parameter[0].numel():
+        if name and len(weight) and weight[0].numel() == parameter[0].numel():
             start = weight.storage_offset() // parameter.stride(0)
             rows = self.positions.setdefault(name, Counter())
             rows[start, start + weight.shape[0]] += positions

@@ -75,8 +75,11 @@ def dense(backbone: Backbone) -> tuple[nn.Module, DimensionSpace]:
     return model, space_for(model, backbone.input_size)
 
 
-def random_plan(space: DimensionSpace, seed: int, kinds=KINDS) -> DimensionPlan:
-    """Every dimension of ``kinds`` loses units where it can (width, at most half), and qk differs from v."""
+def random_plan(space: DimensionSpace, seed: int, kinds=KINDS, empty=()) -> DimensionPlan:
+    """Every dimension of ``kinds`` loses units where it can (width, at most half), and qk differs from v.
+
+    Those named in ``empty`` lose all of them.
+    """
     rng = np.random.default_rng(seed)
     keep: dict[str, np.ndarray] = {}
     for name, dimension in space.dimensions.items():
@@ -87,13 +90,26 @@ def random_plan(space: DimensionSpace, seed: int, kinds=KINDS) -> DimensionPlan:
         if dimension.kind == "v":
             qk = np.shape(keep.get(name.replace("v", "qk", 1)))[-1:]
             choices = [c for c in choices if (c,) != qk] or choices
-        count = int(rng.choice(choices))
+        count = 0 if name in empty else int(rng.choice(choices))
         if dimension.per is None:
             keep[name] = rng.permutation(dimension.size)[:count]
         else:
             parents = len(keep.get(dimension.per, range(space.sizes[dimension.per])))
-            keep[name] = np.stack([rng.permutation(dimension.size)[:count] for _ in range(parents)])
+            rows = [rng.permutation(dimension.size)[:count] for _ in range(parents)]
+            keep[name] = np.stack(rows) if rows else np.empty((0, count), dtype=int)
     return DimensionPlan(space, keep)
+
+
+def sublayers(space: DimensionSpace, which: str) -> set[str]:
+    """The heads of one block and the MLP of another (``apart``), or both of one block (``together``), that may go.
+
+    The blocks are at both ends or, in a model with shifted windows, one that shifts them.
+    """
+    blocks = space.blocks()
+    middle = blocks[len(blocks) // 3]  # of 6 blocks in stages of 1, 2, 2 and 1 the second of stage 1
+    heads, hidden = (blocks[0], blocks[-1]) if which == "apart" else (middle, middle)
+    wanted = {".".join(["heads", *map(str, heads)]), ".".join(["hidden", *map(str, hidden)])}
+    return {name for name in wanted if not space.dimensions[name].fixed}
 
 
 VIT = {"depth": 2, "img_size": 64}

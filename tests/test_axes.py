@@ -1,12 +1,15 @@
 """The axis notation against brute force: the same axis written out with numpy's reshape."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sidt import axes
-from sidt.axes import Factor
+from sidt.axes import Factor, Present
 
 PER = {"u": "h"}  # h heads, each with u units of its own; w stands alone
 
@@ -72,7 +75,10 @@ def test_bind_names_numbers_and_extents():
 
 
 sizes = st.fixed_dictionaries({name: st.integers(1, 4) for name in ("h", "u", "w")})
-terms = st.sampled_from([("h", "u"), ("h",), ("w",), (3, "w"), ("h", 2, "u"), ("w", "h", "u"), (4,), ("h", "u", "w")])
+THERE = Present("h")
+terms = st.sampled_from(
+    [("h", "u"), ("h",), ("w",), (3, "w"), ("h", 2, "u"), ("w", "h", "u"), (4,), ("h", "u", "w"), (THERE, "w")]
+)
 bound_axes = st.lists(terms, min_size=1, max_size=3).map(tuple)
 
 
@@ -86,7 +92,8 @@ def test_size_and_solve(axis, sizes):
     assert axes.axis_size(axis, sizes) == extent
     for name in axes.names(axis):
         others = {n: s for n, s in sizes.items() if n != name}
-        assert axes.solve(axis, extent, others) == (name, sizes[name])
+        known = name not in axes.presences(axis)
+        assert axes.solve(axis, extent, others) == ((name, sizes[name]) if known else None)
     assert axes.solve(axis, extent, sizes) is None
 
 
@@ -94,7 +101,9 @@ def test_size_and_solve(axis, sizes):
     ("axis", "extent", "known"),
     [
         ((("h", "u"),), 7, {"h": 2}),  # no whole size
-        ((("w",), (5,)), 5, {}),  # nothing is left for it
+        ((("w",), (5,)), 4, {}),  # less than nothing is left for it
+        ((("h", "u"),), 0, {"h": 0}),  # any would do
+        (((Present("h"), "w"),), 4, {}),  # h may be none
         ((("h", "u"),), 6, {}),  # two unknown
         ((("w", "w"),), 9, {}),  # not linear
     ],
@@ -103,18 +112,34 @@ def test_solve_says_none_where_it_cannot_tell(axis, extent, known):
     assert axes.solve(axis, extent, known) is None
 
 
+def test_solve_finds_that_there_is_none():
+    assert axes.solve((("w",), (5,)), 5, {}) == ("w", 0)
+    assert axes.solve((("h", "u"), ("h", "w")), 0, {"u": 2, "w": 3}) == ("h", 0)
+
+
+def test_a_factor_that_is_there_as_long_as_its_name():
+    (line,) = axes.parse_line("heads? embed, heads.{i-1}? 512")
+    assert line[0] == ((Factor("heads", presence=True), factor("embed")),)
+    assert line[1] == ((Factor("heads", indices=("i-1",), presence=True), Factor(number=512)),)
+    axis = axes.bind(line[0], 7, lambda f: f"{f.name}.3")
+    assert axis == ((1, "embed.3"),) and axes.names(axis) == {"embed.3"} and axes.presences(axis) == {"heads.3"}
+    assert [axes.axis_size(axis, {"embed.3": 7, "heads.3": h}) for h in (0, 1, 4)] == [0, 7, 7]
+    assert axes.presences(copy.deepcopy(axis)) == axes.presences(pickle.loads(pickle.dumps(axis))) == {"heads.3"}
+
+
 @st.composite
 def choices(draw):
     """Sizes, and kept units for each of h, u (chosen per kept h) and w."""
     size = draw(sizes)
 
     def kept(name, count=None):
-        count = count or draw(st.integers(1, size[name]))
+        count = count if count is not None else draw(st.integers(int(name == "u"), size[name]))
         return sorted(draw(st.permutations(range(size[name])))[:count])
 
     h, w, count = kept("h"), kept("w"), draw(st.integers(1, size["u"]))
     keep = {"h": h, "w": w, "u": [kept("u", count) for _ in h]}
-    return size, {name: np.array(k) for name, k in keep.items()}
+    shapes = {"h": -1, "w": -1, "u": (len(h), count)}
+    return size, {name: np.array(k, dtype=int).reshape(shapes[name]) for name, k in keep.items()}
 
 
 def brute_force(axis, size, keep):
@@ -123,7 +148,7 @@ def brute_force(axis, size, keep):
     for term in axis:
         for flat in range(np.prod(shape(term, size), dtype=int)):
             at = dict(zip(term, np.unravel_index(flat, shape(term, size)), strict=True))
-            stays = all(at[n] in keep[n] for n in ("h", "w") if n in at)
+            stays = all(at[n] in keep[n] for n in ("h", "w") if n in at) and (THERE not in at or len(keep["h"]))
             if stays and "u" in at:
                 stays = at["u"] in keep["u"][list(keep["h"]).index(at["h"])]
             if stays:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from backbones import PVT, SWIN, TIMM_BACKBONES, VIT_TINY, dense, random_plan
+from backbones import PVT, SWIN, TIMM_BACKBONES, VIT_TINY, dense, random_plan, sublayers
 from safetensors.torch import save_file
 
 import sidt
@@ -24,9 +24,10 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", [b for b in TIMM_BACKBONES if b.label not in ("swiglu", "gated", "avg")], ids=str)
-def test_round_trip(backbone, tmp_path):
+@pytest.mark.parametrize("empty", ["", "apart", "together"])
+def test_round_trip(backbone, empty, tmp_path):
     model, space = dense(backbone)
-    small = slice_model(model, random_plan(space, 1))
+    small = slice_model(model, random_plan(space, 1, empty=sublayers(space, empty) if empty else ()))
     sidt.save(small, tmp_path, args=backbone.kwargs | {"num_classes": 10})
     images = backbone.images()
     assert torch.equal(sidt.load(tmp_path)(images), small(images))

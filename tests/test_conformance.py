@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from backbones import BACKBONES, Backbone, dense, random_plan
+from backbones import BACKBONES, Backbone, dense, random_plan, sublayers
 from safetensors.torch import load, save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidt.complexity import PlanCosts, measure, report
 from sidt.families import INNER_KINDS, KINDS, families
 from sidt.plan import DimensionPlan
-from sidt.space import space_for
+from sidt.space import DimensionSpace, space_for
 from sidt.surgery import mask_model, slice_model
 
 SEEDS = range(3)
+EMPTY = ("apart", "together")  # sublayers that lose all their units
+PLANS = (*SEEDS, *EMPTY)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -30,10 +32,15 @@ def backbone(request):
     return request.param
 
 
+def plan_of(space: DimensionSpace, which: int | str, kinds=KINDS) -> DimensionPlan:
+    """The plan of a seed, or one that also empties sublayers."""
+    return random_plan(space, 0, kinds, sublayers(space, which)) if which in EMPTY else random_plan(space, which, kinds)
+
+
 @cache
-def sliced_by(backbone: Backbone, seed: int, kinds=KINDS) -> tuple[DimensionPlan, nn.Module]:
+def sliced_by(backbone: Backbone, which: int | str, kinds=KINDS) -> tuple[DimensionPlan, nn.Module]:
     model, space = dense(backbone)
-    plan = random_plan(space, seed, kinds)
+    plan = plan_of(space, which, kinds)
     return plan, slice_model(model, plan)
 
 
@@ -96,10 +103,27 @@ def test_full_plan_is_bit_identical(backbone):
     ]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_masked_is_sliced(backbone, seed):
+def test_a_plan_empties_sublayers(backbone, refused):
+    """The other tests of such plans stand on this: heads, MLP or both are gone, but for norms over all of them."""
+    _, space = dense(backbone)
+    for which in EMPTY:
+        plan = plan_of(space, which)
+        gone = {name for name, size in plan.sizes.items() if not size}
+        assert gone == sublayers(space, which)
+        assert {space.dimensions[name].kind for name in gone} == (
+            set() if "beit3" in str(backbone) else {"heads", "mlp"}
+        )
+    for dimension in space.dimensions.values():
+        if dimension.kind not in ("heads", "mlp") or dimension.fixed:
+            rows = () if dimension.per is None else (space.sizes[dimension.per],)
+            with refused(dimension.name):
+                DimensionPlan(space, {dimension.name: np.empty((*rows, 0), dtype=int)})
+
+
+@pytest.mark.parametrize("which", PLANS)
+def test_masked_is_sliced(backbone, which):
     model, _ = dense(backbone)
-    plan, sliced = sliced_by(backbone, seed, INNER_KINDS)
+    plan, sliced = sliced_by(backbone, which, INNER_KINDS)
     images = backbone.images()
     masked = run(mask_model(model, plan), images)
     assert_close(run(sliced, images), masked, **TOLERANCE)
@@ -150,10 +174,10 @@ def kept_channels(outputs: tuple[torch.Tensor, ...], plan: DimensionPlan) -> tup
 
 
 @pytest.mark.parametrize("kinds", [("width",), KINDS], ids=["width", "all"])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_width_sliced_is_norms_over_the_kept_units(backbone, seed, kinds):
+@pytest.mark.parametrize("which", PLANS)
+def test_width_sliced_is_norms_over_the_kept_units(backbone, which, kinds):
     model, _ = dense(backbone)
-    plan, sliced = sliced_by(backbone, seed, kinds)
+    plan, sliced = sliced_by(backbone, which, kinds)
     images = backbone.images()
     expected = kept_channels(run(with_kept_norms(model, plan), images), plan)
     assert_close(run(sliced, images), expected, **TOLERANCE)
@@ -162,9 +186,9 @@ def test_width_sliced_is_norms_over_the_kept_units(backbone, seed, kinds):
     assert count(sliced) < count(model)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_predicted_is_counted(backbone, seed):
-    plan, sliced = sliced_by(backbone, seed)
+@pytest.mark.parametrize("which", PLANS)
+def test_predicted_is_counted(backbone, which):
+    plan, sliced = sliced_by(backbone, which)
     assert predicted(backbone, plan) == [count(sliced), real_macs(sliced, backbone.images(1))]
     rows = {by: report(dense(backbone)[1], plan.sizes, by) for by in ("module", "block", "kind")}
     for by, table in rows.items():
@@ -177,15 +201,16 @@ def test_predicted_is_counted(backbone, seed):
 
 
 def test_the_sliced_model_has_the_space_of_the_plan(backbone):
-    for seed in SEEDS:
-        plan, sliced = sliced_by(backbone, seed)
+    for which in PLANS:
+        plan, sliced = sliced_by(backbone, which)
         assert space_for(sliced, backbone.input_size).sizes == plan.sizes
 
 
-def test_slicing_twice_is_slicing_by_the_composed_plan(backbone):
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (0, "apart"), ("together", 1), ("apart", "together")])
+def test_slicing_twice_is_slicing_by_the_composed_plan(backbone, first, second):
     model, _ = dense(backbone)
-    plan, once = sliced_by(backbone, 0)
-    later = random_plan(space_for(once, backbone.input_size), 1)
+    plan, once = sliced_by(backbone, first)
+    later = plan_of(space_for(once, backbone.input_size), second)
     twice, direct = slice_model(once, later), slice_model(model, plan.then(later))
     assert count(twice) < count(once)
     assert twice.sidt_plan.sizes == plan.then(later).sizes == later.sizes
@@ -195,16 +220,18 @@ def test_slicing_twice_is_slicing_by_the_composed_plan(backbone):
     assert same(run(twice, backbone.images()), run(direct, backbone.images()))
 
 
-def test_saved_and_loaded_strictly_gives_the_same_output(backbone):
-    plan, sliced = sliced_by(backbone, 0)
+@pytest.mark.parametrize("which", [0, *EMPTY])
+def test_saved_and_loaded_strictly_gives_the_same_output(backbone, which):
+    plan, sliced = sliced_by(backbone, which)
     fresh = slice_model(backbone.build(seed=1), plan)
     assert not same(run(fresh, backbone.images()), run(sliced, backbone.images()))
     fresh.load_state_dict(load(save(sliced.state_dict())), strict=True)
     assert same(run(fresh, backbone.images()), run(sliced, backbone.images()))
 
 
-def test_export_gives_the_same_output(backbone):
-    _, sliced = sliced_by(backbone, 0)
+@pytest.mark.parametrize("which", [0, "together"])
+def test_export_gives_the_same_output(backbone, which):
+    _, sliced = sliced_by(backbone, which)
     images = backbone.images(1)
     exported = torch.export.export(sliced, (images,)).module()
     assert_close(run(exported, images), run(sliced, images), **TOLERANCE)
@@ -220,13 +247,16 @@ def trained(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_it_trains(backbone):
-    _, sliced = sliced_by(backbone, 0)
+@pytest.mark.parametrize("which", [0, *EMPTY])
+def test_it_trains(backbone, which):
+    _, sliced = sliced_by(backbone, which)
     gradients = trained(
         slice_model(sliced, DimensionPlan(space_for(sliced, backbone.input_size), {})), backbone.images()
     )
     assert set(gradients) == {n for n, p in sliced.named_parameters() if p.requires_grad}
-    assert set(gradients) == set(trained(backbone.build(), backbone.images()))
+    none = {n for n, p in sliced.named_parameters() if not p.numel()}
+    assert bool(none) == any(not size for size in sliced.sidt_plan.sizes.values())
+    assert set(gradients) | none == set(trained(backbone.build(), backbone.images()))
     assert all(g.isfinite().all() for g in gradients.values())
 
 

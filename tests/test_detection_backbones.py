@@ -17,6 +17,7 @@ from backbones import (
     dense,
     random_plan,
     shake,
+    sublayers,
 )
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -226,7 +227,8 @@ def test_indices_that_no_map_has(out_indices, refused):
 @pytest.mark.parametrize("is_sliced", [False, True])
 def test_a_run_folder(backbone, is_sliced, tmp_path):
     model, space = dense(backbone)
-    saved = sidt.slice_model(model, random_plan(space, 1)) if is_sliced else model
+    plan = random_plan(space, 1, empty=sublayers(space, "together"))
+    saved = sidt.slice_model(model, plan) if is_sliced else model
     sidt.save(saved, tmp_path, args=backbone.kwargs | {"num_classes": 10})
     module = TimmBackbone(str(tmp_path), args={"drop_path_rate": 0.0}).eval()
     check_last_map(module, saved, backbone.images())
@@ -372,14 +374,28 @@ def test_mmdetections_own_backbones(backbone, tmp_path):
     assert sliced.is_init and not rebuilt.is_init, "the slice keeps its weights, the config's has none to keep"
 
 
-def test_a_slice_trains_in_a_detector(tmp_path):
-    plan = random_plan(space_for(built(VIT_TINY).model), 0)
+@pytest.mark.parametrize("backbone", MMDET_BACKBONES, ids=str)
+def test_mmdetections_own_backbones_start_without_sublayers(backbone, tmp_path):
+    """MMDetection draws the first weights of the dense backbone: of a convolution without channels it cannot."""
+    space = dense(backbone)[1]
+    random_plan(space, 0, empty=sublayers(space, "together")).save(tmp_path / "plan.json")
+    own = {"type": backbone.name, **backbone.kwargs}
+    model = detector({"type": "SlicedBackbone", "dense": own, "plan": str(tmp_path / "plan.json")}, None)
+    model.init_weights()
+    drawn = [m.weight for m in model.backbone.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert all(weight.std() > 0 for weight in drawn if weight.numel() > 1)
+    assert any(not weight.numel() for weight in drawn)
+
+
+@pytest.mark.parametrize("empty", [(), ("heads.0", "hidden.1"), ("heads.1", "hidden.1")], ids=str)
+def test_a_slice_trains_in_a_detector(empty, tmp_path):
+    plan = random_plan(space_for(built(VIT_TINY).model), 0, empty=empty)
     plan.save(tmp_path / "plan.json")
     backbone = {"type": "SlicedBackbone", "dense": config(VIT_TINY), "plan": str(tmp_path / "plan.json")}
     model = detector(backbone, vit_neck(plan.sizes["embed"]))
     model.init_weights()
     loss(model).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert [name for name, p in model.named_parameters() if p.grad is None and p.numel()] == []
 
 
 def test_plans_that_do_not_fit(tmp_path, refused):

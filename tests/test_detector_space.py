@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbones import random_plan, shake
+from backbones import random_plan, shake, sublayers
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
@@ -172,9 +172,10 @@ def test_predicted_is_counted(name, seed):
             assert row.params == sum(p.numel() for p in getattr(sliced, part).parameters())
 
 
-def test_saved_and_loaded_is_the_same(name, tmp_path):
+@pytest.mark.parametrize("empty", ["", "apart", "together"])
+def test_saved_and_loaded_is_the_same(name, empty, tmp_path):
     detector, config, space = made(name)
-    sliced = slice_model(detector, random_plan(space, 0))
+    sliced = slice_model(detector, random_plan(space, 0, empty=sublayers(space, empty) if empty else ()))
     save_detector(sliced, config, tmp_path / "saved", tuple("abcde"))
     loaded, own = load_detector(tmp_path / "saved")
     assert all(torch.equal(a, b) for a, b in zip(outputs(sliced), outputs(loaded), strict=True))

@@ -12,9 +12,9 @@ import sidt
 
 FLOORS = (
     {"errors", "files", "options", "axes", "trace", "families", "space"},
-    {"plan", "budget", "complexity", "importance", "gates", "allocation", "attention", "surgery"}
-    | {"batches", "data", "devices", "evaluation"},
-    {"compensation", "training", "checkpoint", "study"},
+    {"plan", "budget", "complexity", "importance", "latency", "allocation", "attention", "surgery"}
+    | {"moments", "alignment", "batches", "data", "devices", "evaluation"},
+    {"compensation", "training", "gates", "distillation", "checkpoint", "timing", "study"},
     {"config", "report", "pipeline"},
     {"cli", "detect_cli", "__init__", "__main__"},
 )

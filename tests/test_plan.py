@@ -41,6 +41,22 @@ def test_fewer_heads_need_fewer_rows(refused):
         DimensionPlan(SPACE, {"heads.0": [2], "qk.0": [[0, 1]] * 3})
 
 
+@pytest.mark.parametrize("rows", [[], np.empty((0, 5), dtype=int), np.empty((0, 64)), None], ids=str)
+def test_no_heads_have_no_rows(rows, tmp_path):
+    plan = DimensionPlan(SPACE, {"heads.0": [], "hidden.1": []} | ({} if rows is None else {"qk.0": rows}))
+    plan.save(tmp_path / "plan.json")
+    for one in (plan, load_plan(tmp_path / "plan.json", SPACE)):
+        assert one.sizes == SPACE.sizes | {"heads.0": 0, "qk.0": 1, "v.0": 1, "hidden.1": 0}
+        assert all(one.keep[name].shape == (0, 1) for name in ("qk.0", "v.0"))
+        assert all(kept.dtype == np.int64 for kept in one.keep.values())
+    assert json.loads((tmp_path / "plan.json").read_text())["keep"]["v.0"] == []
+
+
+def test_no_heads_with_rows(refused):
+    with refused("qk.0", "[3, 2]", "0 lists"):
+        DimensionPlan(SPACE, {"heads.0": [], "qk.0": [[0, 1]] * 3})
+
+
 def test_copies_of_a_model_share_its_plan():
     plan = random_plan(SPACE, 0)
     assert copy.deepcopy(plan) is plan
@@ -55,6 +71,14 @@ def test_then():
     assert [both.keep[n].tolist() for n in ("embed", "heads.0", "v.0")] == [[10, 19], [2], [[0, 4]]]
 
 
+def test_then_from_and_to_no_units():
+    first = DimensionPlan(SPACE, {"heads.0": [0, 2], "qk.0": [[1, 5], [0, 2]], "hidden.1": []})
+    space = space_for(slice_model(dense(VIT_TINY)[0], first))
+    assert first.then(DimensionPlan(space, {})).sizes == first.sizes
+    both = first.then(DimensionPlan(space, {"heads.0": [], "heads.1": [1], "hidden.0": []}))
+    assert both.sizes == first.sizes | {"heads.0": 0, "qk.0": 1, "v.0": 1, "heads.1": 1, "hidden.0": 0}
+
+
 def test_then_needs_a_plan_on_the_sliced_model(refused):
     plan = random_plan(SPACE, 0)
     with refused("other sizes"):
@@ -67,7 +91,7 @@ def test_then_needs_a_plan_on_the_sliced_model(refused):
         ("hidden.0", [0, 768], ["hidden.0", "768", "0..767"]),
         ("hidden.0", [-1, 2], ["hidden.0", "-1", "0..767"]),
         ("hidden.0", [7, 3, 7], ["hidden.0", "7", "twice"]),
-        ("hidden.0", [], ["hidden.0", "no unit"]),
+        ("embed", [], ["embed", "no unit", "heads and mlp"]),
         ("hidden.0", 3, ["hidden.0", "[]", "one list"]),
         ("hidden.0", [[1, 2]], ["hidden.0", "[1, 2]", "one list"]),
         ("hidden.0", [0, [1]], ["hidden.0", "different lengths"]),
@@ -81,6 +105,8 @@ def test_then_needs_a_plan_on_the_sliced_model(refused):
         ("qk.0", [[0, 1], [0], [0, 1]], ["qk.0", "different lengths"]),
         ("qk.0", [[0, 1], [0, 1]], ["qk.0", "[2, 2]"]),
         ("qk.0", [[], [], []], ["qk.0", "no unit"]),
+        ("qk.0", [], ["qk.0", "[0]", "3 lists"]),
+        ("heads.0", [[]], ["heads.0", "[1, 0]", "one list"]),
         ("qk.0", [[0, 1], [0, 64], [0, 1]], ["qk.0", "64", "0..63"]),
         ("qk.0", [[0, 1], [5, 5], [0, 1]], ["qk.0", "5", "twice"]),
         ("hiden.0", [0], ["'hiden.0'", "no dimension", "embed"]),
@@ -97,6 +123,7 @@ def test_bad_indices(name, kept, words, refused, tmp_path):
 
 def test_a_dimension_that_must_stay_whole(refused):
     assert DimensionPlan(FIXED, {"heads.0": [0]}).sizes["qk.0"] == 64
+    assert DimensionPlan(FIXED, {"heads.0": []}).sizes["qk.0"] == 1  # nothing is left to take statistics over
     with refused("qk.0", "stay whole"):
         DimensionPlan(FIXED, {"qk.0": [[0, 1]] * 3})
 

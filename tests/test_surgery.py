@@ -6,12 +6,25 @@ import dataclasses
 import pytest
 import timm
 import torch
-from backbones import BACKBONES, MMDET_PVT, MMDET_SWIN, PVT, SWIN, SWIN_V2, VIT_TINY, dense, random_plan, shake
+from backbones import (
+    BACKBONES,
+    MMDET_PVT,
+    MMDET_SWIN,
+    PVT,
+    SWIN,
+    SWIN_V2,
+    VIT_TINY,
+    dense,
+    random_plan,
+    shake,
+    sublayers,
+)
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 from torch.testing import assert_close
 
+from sidt.axes import names
 from sidt.families import INNER_KINDS, KINDS
 from sidt.plan import DimensionPlan
 from sidt.space import space_for
@@ -181,6 +194,45 @@ def test_an_attention_of_an_unknown_class(refused):
         slice_model(model, random_plan(space, 0, ("heads",)))
     sliced = slice_model(model, random_plan(space, 0, ("mlp", "width")))  # as the message says
     assert type(sliced.blocks[1].attn) is Mine and run(sliced, VIT_TINY.images()).isfinite().all()
+
+
+@ONE_EACH
+def test_a_block_without_heads_and_hidden_units_multiplies_nothing(backbone):
+    model, space = dense(backbone)
+    gone = sublayers(space, "together")
+    sliced = slice_model(model, random_plan(space, 0, empty=gone))
+    block = next(p.block for p in space.places.values() if any(gone & names(axis) for axis in p.axes))
+    before, after = (space_for(m, backbone.input_size).trace.module_macs[block] for m in (model, sliced))
+    assert before > after == 0
+    entries = {n: p.numel() for n, p in sliced.named_parameters() if n.startswith(f"{block}.") and p.numel()}
+    assert len(entries) == 6, "two norms and two output biases"
+    assert len({space.places[n].axes for n in entries}) == 1, "each of the width"
+    assert all(p.requires_grad == bool(p.numel()) for p in sliced.parameters())
+
+
+@ONE_OF_TIMM
+def test_an_empty_sublayer_gives_its_output_bias(backbone):
+    model, space = dense(backbone)
+    sliced = slice_model(model, random_plan(space, 0, empty=sublayers(space, "together")))
+    outputs = {}
+    for name, module in sliced.named_modules():
+        if name.endswith((".attn", ".mlp")):
+            module.register_forward_hook(lambda m, _, out: outputs.update({m: out}))
+    run(sliced, backbone.images())
+    gone = [(m, out) for m, out in outputs.items() if not (m.proj if hasattr(m, "proj") else m.fc2).in_features]
+    assert len(gone) == 2
+    for module, out in gone:
+        bias = (module.proj if hasattr(module, "proj") else module.fc2).bias
+        assert torch.equal(out, bias.expand_as(out)) and bias.abs().min() > 0
+
+
+def test_an_mlp_of_an_unknown_class_with_convolutions(refused):
+    model, space = PVT.build(), dense(PVT)[1]
+    mlp = model.stages[1].blocks[0].mlp
+    mlp.__class__ = type("Mine", (type(mlp),), {})
+    slice_model(model, random_plan(space, 0, ("mlp",)))
+    with refused("hidden.1.0", "Mine", "sidt/attention.py", "min_units=1"):
+        slice_model(model, random_plan(space, 0, ("mlp",), empty={"hidden.1.0"}))
 
 
 def test_a_module_without_forwards(refused):

@@ -1,0 +1,404 @@
+"""Ways to shrink a classifier on CIFAR-100, at equal parameters and at equal multiply-adds: rows x targets x seeds.
+
+    python benchmarks/classification.py --data DIR --weights FILE --train-images 20000 --latency
+
+DIR holds CIFAR-100 as train.tar and val.tar. FILE is the state dict of the model in
+configs/classification/cifar100_vit.yaml, or, with --model swin, the dense/ folder of a run of cifar100_swin.yaml.
+Every cell (row, target, seed, training) is a file below --runs and is not done again: a stopped benchmark goes on, and
+several processes with the same command share the work. The results and the picture are of the cells that are there.
+"""
+
+import copy
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from cells import DETERMINISTIC, Cell, Method, Setting, cached, sample, work
+from matplotlib.figure import Figure
+from results import environment, write_results
+from rivals import fastnas, load_shapes, save_shapes, torch_pruning
+from torch import Tensor, nn
+
+from sidt import importance as criteria
+from sidt.allocation import allocate
+from sidt.checkpoint import create_model, fit_weights, load, load_weights, save
+from sidt.complexity import measure, time_forward
+from sidt.data import DataConfig, load_data
+from sidt.distillation import distillation_loss
+from sidt.evaluation import correct
+from sidt.files import read_json, replacing, write_json
+from sidt.gates import GateConfig, Placement, learn_gates
+from sidt.importance import Importance
+from sidt.report import table
+from sidt.space import space_for
+from sidt.surgery import slice_model
+from sidt.training import TrainConfig, fit
+
+HERE = Path(__file__).parent
+VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})
+RECIPE = {"batch_size": 128, "lr": 5e-4, "warmup_epochs": 0.1, "smoothing": 0.1, "precision": "bf16"}
+GATES = {"epochs": 1, "batch_size": 128, "lr": 5e-4, "warmup_epochs": 0.1, "precision": "bf16"}
+GATE_IMAGES = 10_000
+
+# --- rows: what there is to compare -----------------------------------------------------------------------------------
+
+
+def ranked(setting: Setting, name: str, score: Callable[[Setting], Importance]) -> Method:
+    """Plain ranking: the units with the highest score for their cost stay."""
+    file = name if name in DETERMINISTIC else f"{name}-{setting.seed}"
+    scores, earlier = cached(
+        setting.scratch, file, lambda: {n: torch.from_numpy(np.array(s)) for n, s in score(setting).scores.items()}
+    )
+    importance = Importance(setting.space, {n: s.numpy() for n, s in scores.items()})
+    return slice_model(setting.dense, allocate(importance, setting.budget)), {"earlier_seconds": earlier}
+
+
+def learned(setting: Setting, name: str, placement: Placement) -> Method:
+    """Gates learned with the weights on training images; the weights, gates folded in, are what is sliced."""
+
+    def learn() -> dict[str, Tensor]:
+        images = sample(setting.data.train, GATE_IMAGES, setting.seed)
+        config = GateConfig(placement=placement, seed=setting.seed, **GATES)
+        found = learn_gates(setting.dense, images, config, space=setting.space)
+        scores = {f"scores.{n}": torch.from_numpy(np.array(s)) for n, s in found.importance.scores.items()}
+        return scores | {f"model.{n}": t for n, t in found.model.cpu().state_dict().items()}
+
+    tensors, earlier = cached(setting.scratch, f"{name}-{setting.seed}", learn)
+    scores, state = (
+        {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in ("scores.", "model.")
+    )
+    trained = copy.deepcopy(setting.dense)
+    fit_weights(trained, state, name)
+    plan = allocate(Importance(setting.space, {n: s.numpy() for n, s in scores.items()}), setting.budget)
+    return slice_model(trained, plan), {"earlier_seconds": earlier}
+
+
+def _random(s: Setting) -> Importance:
+    return criteria.random(s.dense, seed=s.seed, space=s.space)
+
+
+def _l1(s: Setting) -> Importance:
+    return criteria.magnitude(s.dense, p=1, space=s.space)
+
+
+def _l2(s: Setting) -> Importance:
+    return criteria.magnitude(s.dense, p=2, space=s.space)
+
+
+def _taylor_unit(s: Setting) -> Importance:
+    return criteria.taylor(s.dense, s.calibration(), level="unit", space=s.space)
+
+
+def _taylor_parameter(s: Setting) -> Importance:
+    return criteria.taylor(s.dense, s.calibration(), level="parameter", space=s.space)
+
+
+def _fisher(s: Setting) -> Importance:
+    return criteria.fisher(s.dense, s.calibration(), space=s.space)
+
+
+def _activation(s: Setting) -> Importance:
+    return criteria.activation(s.dense, s.calibration(), space=s.space)
+
+
+RANKINGS = {
+    "random": _random,
+    "L1": _l1,
+    "L2": _l2,
+    "Taylor (unit)": _taylor_unit,
+    "Taylor (parameter)": _taylor_parameter,
+    "Fisher": _fisher,
+    "activation": _activation,
+}
+ROWS: dict[str, Callable[[Setting], Method]] = {
+    **{name: partial(ranked, name=name, score=score) for name, score in RANKINGS.items()},
+    "VTP gates": partial(learned, name="vtp", placement="vtp"),
+    "ViT-Slim gates": partial(learned, name="vit-slim", placement="vit-slim"),
+    "SiDT gates": partial(learned, name="sidt", placement="sidt"),
+    "Torch-Pruning": torch_pruning,
+    "ModelOpt FastNAS": fastnas,
+}
+RIVALS = ("Torch-Pruning", "ModelOpt FastNAS")
+
+# --- cells: one file each ---------------------------------------------------------------------------------------------
+
+
+def measured(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """What every cell holds. The hits on the test images, as hexadecimal bits, serve paired comparisons."""
+    hits = correct(model, setting.data.test)
+    counted = measure(model.cpu(), setting.space.trace.input_size)
+    bits = np.packbits(hits).tobytes().hex()
+    return {"top1": float(hits.mean()), "params": counted.params, "macs": counted.macs, "n": len(hits), "hits": bits}
+
+
+def shrink(cell: Cell, setting: Setting, runs: Path, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The cell of a method: its model is written beside it."""
+    begin = time.perf_counter()
+    model, info = (setting.dense, {}) if cell.row == "dense" else ROWS[cell.row](setting)
+    seconds = time.perf_counter() - begin + info.get("earlier_seconds", 0.0)
+    folder = cell.folder(runs) / "model"
+    if cell.row in RIVALS:
+        save_shapes(model, folder)
+    else:
+        save(model, folder, name=name, args=args)
+    return {"seconds": seconds, "info": info} | measured(model, setting)
+
+
+def model_of(cell: Cell, setting: Setting, runs: Path) -> nn.Module:
+    folder = cell.folder(runs) / "model"
+    return load_shapes(setting.dense, folder) if cell.row in RIVALS else load(folder)
+
+
+def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
+    """The cell of a training: for one seed, all rows see the same images in the same order."""
+    before = read_json(replace(cell, images=0, epochs=0, teacher=False).file(runs))
+    if "failed" in before:
+        return before
+    model, begin = model_of(cell, setting, runs), time.perf_counter()
+    data = setting.data.train
+    images = sample(data, cell.images, cell.seed) if cell.images else data
+    config = TrainConfig(epochs=cell.epochs or 1, seed=cell.seed, **RECIPE)
+    states = cell.file(runs).with_suffix("") if cell.epochs else None  # a longer training goes on after every epoch
+    loss = distillation_loss(setting.dense, model, smoothing=0.1, features=0) if cell.teacher else None  # rivals too
+    fit(model, images, config, folder=states, loss=loss, label=f"{cell.row}, {cell.kind} {cell.share:g}, {cell.step}")
+    seconds = time.perf_counter() - begin
+    found = {"seconds": seconds} | measured(model, setting)
+    if states:
+        shutil.rmtree(states)
+    return found
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def summary(cells: Sequence[Cell], runs: Path, timed: dict[str, Any]) -> list[dict[str, Any]]:
+    """For every row and target: means over the seeds, by step."""
+    rows: dict[tuple[str, str, float], dict[str, Any]] = {}
+    for cell in cells:
+        steps = rows.setdefault((cell.row, cell.kind, cell.share), {})
+        if cell.file(runs).exists():
+            steps.setdefault(cell.step, {})[cell.file(runs)] = read_json(cell.file(runs))
+    summed = []
+    for (row, kind, share), steps in rows.items():
+        each = list(steps.get("no training", {}).values())
+        good = [result for result in each if "failed" not in result]
+        found: dict[str, Any] = {"row": row, "kind": kind, "share": share}
+        if not good:
+            summed.append(found | {"failed": each[0]["failed"] if each else "not done"})
+            continue
+        found |= {key: float(np.mean([result[key] for result in good])) for key in ("params", "macs", "seconds")}
+        found |= {"info": [result["info"] for result in good], "latency_ms": timed.get(_label(row, kind, share))}
+        found["top1"] = {step: _mean(list(results.values())) for step, results in steps.items()}
+        summed.append(found)
+    return summed
+
+
+def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds, its standard error over the test images, and the standard deviation over seeds."""
+    good = [result for result in results if "failed" not in result]
+    hits = np.mean([_hits(result) for result in good], axis=0)
+    each = [result["top1"] for result in good]
+    spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
+    return {"mean": float(hits.mean()), "error": float(hits.std() / np.sqrt(len(hits))), "sd": spread, "each": each}
+
+
+def _hits(result: dict[str, Any]) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(result["hits"]), np.uint8))[: result["n"]].astype(float)
+
+
+def _label(row: str, kind: str, share: float) -> str:
+    return f"{row} {kind} {share:g}"
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A markdown table for every target, the dense model in each, best first, and what failed."""
+    dense = next(row for row in rows if row["row"] == "dense")
+    steps = list(dict.fromkeys(step for row in rows for step in row.get("top1", {})))
+    texts = []
+    for kind, share in dict.fromkeys((row["kind"], row["share"]) for row in rows if row["row"] != "dense"):
+        here = [row for row in rows if (row["kind"], row["share"]) == (kind, share) and row["row"] != "dense"]
+        done = sorted((r for r in here if "top1" in r), key=lambda r: -r["top1"]["no training"]["mean"])
+        headers = ["", *(f"top-1, {step}" for step in steps), "params", "MACs", "method (s)", "ms, 1", "ms, 32"]
+        lines = [
+            [
+                row["row"],
+                *(_percent(row["top1"].get(step)) for step in steps),
+                *(f"{row[key]:,.0f} ({row[key] / dense[key]:.1%})" for key in ("params", "macs")),
+                f"{row['seconds']:.0f}",
+                *(f"{row['latency_ms'][n]:.1f}" if row["latency_ms"] else "-" for n in ("1", "32")),
+            ]
+            for row in [dense, *done]
+        ]
+        failed = [f"- {row['row']}: {row['failed']}" for row in here if "failed" in row]
+        name = "parameters" if kind == "params" else "MACs"
+        texts.append("\n\n".join([f"## {share:.0%} of the {name}", table(headers, lines, "md"), *failed]))
+    return "\n\n".join(texts)
+
+
+def _percent(top1: dict[str, Any] | None) -> str:
+    if top1 is None:
+        return "-"
+    seeds = f" (sd {100 * top1['sd']:.1f})" if top1["sd"] is not None else ""
+    return f"{100 * top1['mean']:.1f} +- {100 * top1['error']:.1f}{seeds}"
+
+
+def draw(results: Path, picture: Path) -> None:
+    """Top-1 against the parameters that are left, one line a row and one panel a step, from the results' JSON."""
+    rows = read_json(results)["results"]["rows"]
+    dense = next(row for row in rows if row["row"] == "dense")
+    names = list(dict.fromkeys(row["row"] for row in rows if row["kind"] == "params" and row is not dense))
+    wanted = [step for step in dense["top1"] if "epochs" not in step]
+    figure = Figure(figsize=(0.8 + 4.6 * len(wanted), 4.4), layout="constrained")
+    for axes, step in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
+        for number, name in enumerate(names):
+            points = [r for r in rows if r["row"] == name and r["kind"] == "params" and step in r.get("top1", {})]
+            points = sorted([*points, dense], key=lambda row: row["params"])
+            left = [100 * row["params"] / dense["params"] for row in points]
+            means, errors = ([100 * row["top1"][step][key] for row in points] for key in ("mean", "error"))
+            style = {"color": f"C{number % 10}", "marker": "osv^DPX*"[number % 8], "markersize": 4, "capsize": 2}
+            axes.errorbar(left, means, errors, label=name, linestyle="-" if number < 10 else "--", **style)
+        axes.set_title(step)
+        axes.set_xlabel("parameters left (%)")
+        axes.set_ylabel("top-1 (%)")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def latencies(cells: Sequence[Cell], runs: Path, setting: Setting, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Median milliseconds of 1 and of 32 images on this CPU, all models in turn, so that drift falls on all alike."""
+    models = {
+        _label(cell.row, cell.kind, cell.share): model_of(cell, setting, runs).cpu()
+        for cell in cells
+        if cell.step == "no training" and cell.seed == cells[0].seed and (cell.folder(runs) / "model").is_dir()
+    }
+    timed: dict[str, dict[str, list[float]]] = {name: {"1": [], "32": []} for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            for batch, times in timed[name].items():
+                times.append(time_forward(model, setting.space.trace.input_size, batch=int(batch), seconds=0.1))
+    return {name: {batch: float(np.median(times)) for batch, times in each.items()} for name, each in timed.items()}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def all_cells(
+    rows: list[str], targets: list[tuple[str, float]], seeds: list[int], trainings: list[dict[str, Any]]
+) -> Iterator[Cell]:
+    """In the order of work. Nothing is trained at equal multiply-adds."""
+    places = [("dense", "params", 1.0, seeds[0])]
+    places += [(row, kind, share, seed) for seed in seeds for kind, share in targets for row in rows]
+    for row, kind, share, seed in places:
+        if row not in DETERMINISTIC or seed == seeds[0]:
+            yield Cell(row, kind, share, seed)
+    for training in trainings:
+        for seed in seeds:
+            yield Cell("dense", "params", 1.0, seed, **training)
+            yield from (Cell(r, k, s, n, **training) for r, k, s, n in places[1:] if k == "params" and n == seed)
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--model", type=click.Choice(["vit", "swin"]), default="vit", show_default=True)
+@click.option("--rows", default=",".join(ROWS), show_default=True)
+@click.option("--budgets", default="0.8,0.6,0.4", show_default=True, help="Of the parameters, and of the MACs.")
+@click.option("--kinds", default="params,macs", show_default=True, help="What the budgets are of.")
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--images", default=1024, show_default=True, help="Calibration images of every method.")
+@click.option("--train-images", default=0, help="Also train on so many images, once.")
+@click.option("--epochs", default=0, help="Also train for so many epochs.")
+@click.option("--teacher", is_flag=True, help="These epochs again, taught by the unpruned model.")
+@click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
+@click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/classification_MODEL.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Default: docs/pareto_cifar100.png, for Swin _swin.")
+def main(
+    data: Path,
+    weights: Path,
+    model: str,
+    rows: str,
+    budgets: str,
+    kinds: str,
+    seeds: str,
+    images: int,
+    train_images: int,
+    epochs: int,
+    teacher: bool,
+    latency: bool,
+    runs: Path,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    """Do what is not there yet, then write the results of what is."""
+    if unknown := set(rows.split(",")) - set(ROWS):
+        raise click.ClickException(f"no row {sorted(unknown)[0]!r}; the rows are {', '.join(ROWS)}")
+    where, runs = environment(), runs / model
+    out = out or HERE / "results" / f"classification_{model}"
+    suffix = "" if model == "vit" else f"_{model}"
+    picture = picture or HERE.parent / "docs" / f"pareto_cifar100{suffix}.png"
+    if model == "vit":
+        name, args = VIT
+        dense = create_model(name, args)
+        load_weights(dense, weights)
+    else:
+        dense, config = load(weights), read_json(weights / "config.json")
+        name, args = config["model"], config["args"]
+    dense.eval()
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in dense.state_dict().values())).hexdigest()[:12]
+    same = {"weights": digest, "images": images, "recipe": RECIPE}
+    if not (runs / "setting.json").exists():
+        write_json(runs / "setting.json", same)
+    if read_json(runs / "setting.json") != same:
+        raise click.ClickException(f"{runs} holds cells of another setting; choose another --runs, or remove it")
+    splits = load_data(DataConfig(name="cifar100", root=data, image_size=32, holdout=0.1))
+    given = Setting(dense, space_for(dense), splits, "params", 1.0, 0, images, runs / "shared")
+
+    def make(cell: Cell) -> dict[str, Any]:
+        setting = replace(given, kind=cell.kind, share=cell.share, seed=cell.seed)
+        return shrink(cell, setting, runs, name, args) if cell.step == "no training" else train(cell, setting, runs)
+
+    trainings: list[dict[str, Any]] = [{"images": train_images}] if train_images else []
+    trainings += [
+        {"epochs": epochs, "teacher": taught} for taught in ((False, True) if teacher else (False,)) if epochs
+    ]
+    targets = [(kind, float(share)) for kind in kinds.split(",") for share in budgets.split(",")]
+    cells = list(all_cells(rows.split(","), targets, [int(s) for s in seeds.split(",")], trainings))
+    work(cells, runs, make)
+    if latency:
+        write_json(runs / "latency.json", latencies(cells, runs, given))
+    timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}
+    found = summary(cells, runs, timed)
+    missing = sum(not cell.file(runs).exists() for cell in cells)
+    if missing:
+        click.echo(f"{missing} of {len(cells)} cells are not there yet: other processes are at them")
+    text = tables(found)
+    notes = (
+        f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "
+        "calibration images, random scores and training) +- its standard error over the images, and (sd) the standard "
+        "deviation over the seeds where the method depends on them. No method has seen the test images. "
+        f"{images:,} calibration images; the rivals choose among their settings on held-out images. Training: "
+        f"{', '.join(f'{key} {value}' for key, value in RECIPE.items())}, cosine; for all rows the same images in the "
+        "same order. method (s): wall time until the smaller model is there, with other work on the machine. ms: one "
+        "forward of 1 and of 32 images on this CPU, the median over rounds of all models in turn."
+    )
+    where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
+        f" --train-images {train_images} --epochs {epochs}" + (" --teacher" if teacher else "")
+    )
+    write_results(out, f"CIFAR-100, {name}", where, f"{notes}\n\n{text}", {"rows": found})
+    draw(out.with_suffix(".json"), picture)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Repair without training: the layers that lost inputs are refitted by least squares, in closed form.
+
+What a layer read from the dropped units is predicted from the kept ones. With G the second moments of its inputs (the
+bias is a column), K the kept columns and D the dropped ones::
+
+    W' = W[:, K] + W[:, D] G[D, K] (G[K, K] + ridge I)^-1
+
+so with nothing dropped the weights stay bit for bit, and the squared error on the calibration images is never above
+that of plain slicing. q/k and v need no repair once the model is aligned (:mod:`sidt.alignment`): the first units are
+the best fit that there is.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sidt.axes import kept_indices, names
+from sidt.moments import Moments
+from sidt.plan import DimensionPlan
+from sidt.space import DimensionSpace
+from sidt.surgery import slice_model
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_RIDGE = 1e-4  # of the mean variance of the kept inputs
+
+
+def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
+    """Slice a model by a plan and repair the layers that read heads, v and mlp (proj, fc2).
+
+    A few hundred images are enough for the moments; the repair itself takes milliseconds a layer. Layers that lost
+    width are sliced plainly.
+
+    Args:
+        model: the dense model.
+        plan: what is kept of it.
+        moments: of its layers' inputs, as :func:`sidt.measure_moments` or :func:`sidt.align` give them.
+
+    Raises:
+        InputError: the plan or the moments are of another model, or a layer was not run by the moments' forward.
+    """
+    space, sliced = plan.space, slice_model(model, plan)
+    with torch.no_grad():
+        for name in readers(space):
+            place = space.places[name]
+            rows, columns = (
+                torch.from_numpy(kept_indices(axis, space.sizes, plan.keep, space.per)) for axis in place.axes[:2]
+            )
+            dense = model.get_parameter(name)
+            if not len(columns) < dense.shape[1]:
+                continue
+            weight, bias = _with_bias(model, name)
+            moment = moments.read_by(name)
+            if bias is None:
+                moment = moment[:-1, :-1]
+            else:
+                columns = torch.cat([columns, torch.tensor([dense.shape[1]])])
+            weight = weight[rows]
+            _write(sliced, name, refit(weight[:, columns], weight @ moment[:, columns], moment[columns][:, columns]))
+    return sliced
+
+
+def refit(weight: Tensor, cross: Tensor, moment: Tensor) -> Tensor:
+    """The least-squares weights near some weights.
+
+    Args:
+        weight: [out, in], what a small ridge pulls to.
+        cross: [out, in], the mean of ``y x^T`` over what the layer should write and what it reads.
+        moment: [in, in], the mean of ``x x^T``.
+    """
+    if not moment.numel():
+        return weight
+    ridge, identity = _RIDGE * moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(moment + ridge * identity)
+        if not failed:
+            return weight + torch.cholesky_solve((cross - weight @ moment).T, root).T
+        ridge = 10 * ridge  # moments are sums of float32 products: a nearly singular one may not be positive
+
+
+def readers(space: DimensionSpace) -> list[str]:
+    """The weights whose inputs are heads, v or mlp units and nothing else."""
+    found = []
+    for name, place in space.places.items():
+        if name in space.trace.positions and len(place.axes) > 1:  # of a layer, not a table
+            kinds = {space.dimensions[n].kind for n in names(place.axes[1])}
+            if kinds and kinds <= {"heads", "v", "mlp"}:
+                found.append(name)
+    return found
+
+
+def _with_bias(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight as float64 [out, in (+ 1)] on the CPU, the bias as its last column, and the bias itself."""
+    owner, _, leaf = name.rpartition(".")
+    bias = getattr(model.get_submodule(owner), leaf.replace("weight", "bias"), None)
+    weight = model.get_parameter(name).detach().double().cpu().flatten(1)
+    if bias is None:
+        return weight, None
+    return torch.cat([weight, bias.detach().double().cpu()[:, None]], 1), bias
+
+
+def _write(model: nn.Module, name: str, whole: Tensor) -> None:
+    """Give a layer the weight, and the bias if it has one, that ``_with_bias`` would read."""
+    weight, bias = model.get_parameter(name), _with_bias(model, name)[1]
+    columns = weight[0].numel()
+    weight.copy_(whole[:, :columns].reshape(weight.shape))
+    if bias is not None:
+        bias.copy_(whole[:, -1])

@@ -1,0 +1,411 @@
+"""Gates: the search stage of SiDT.
+
+Every unit gets a learnable factor, one at the start, that is trained together with the weights under
+``task loss + sum over kinds of lambda * sum |gate|``. A gate multiplies weights, not activations: its cost is
+O(parameters) whatever the batch and the image, and no forward is touched. Where it multiplies follows from the space,
+so any backbone or detector with a space has gates.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sidt.axes import Axis, axis_size, names, views
+from sidt.errors import InputError
+from sidt.evaluation import heads_of
+from sidt.families import INNER_KINDS, KINDS, Kind
+from sidt.importance import Importance, unit_sums
+from sidt.space import Dimension, DimensionSpace, Place, space_for
+from sidt.training import Loss, TrainConfig, fit
+
+Placement = Literal["sidt", "vtp", "vit-slim"]
+
+_GATES = "sidt_gates"  # the model's submodule that holds the parameters
+_FACTORS = "_sidt_factors"  # what each gated module knows of them
+
+Stretch = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a gate multiplies: ``[start, end)`` along one axis of a parameter, a product of the sizes ``view``.
+
+    The gate has the axes ``kept`` of the product and is repeated along the others.
+    """
+
+    parameter: str
+    dim: int
+    start: int
+    end: int
+    view: tuple[int, ...]
+    kept: tuple[int, ...]
+    power: int = 1
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """One learnable factor for each unit of ``shape``, and where it multiplies."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    sites: tuple[_Site, ...]
+
+
+# --- where gates stand ---------------------------------------------------------------------------------------------
+
+
+def _stretches(space: DimensionSpace, axis: Axis, name: str) -> list[Stretch]:
+    """Where the units of a dimension stand along an axis; heads count only where they hold q/k or v units."""
+    children = [child for child, parent in space.per.items() if parent == name]
+    return [
+        (start, end, tuple(view), kept[:1] if children else kept)
+        for each in children or [name]
+        for start, end, view, kept in views(axis, space.sizes, each, space.per)
+    ]
+
+
+def _readers(space: DimensionSpace, name: str) -> list[_Site]:
+    """The input columns of every layer that reads the units of a dimension."""
+    return [
+        _Site(parameter, 1, *stretch)
+        for parameter, place in _weights(space)
+        for stretch in _stretches(space, place.axes[1], name)
+    ]
+
+
+def _first_writers(space: DimensionSpace, name: str) -> list[_Site]:
+    """The output rows, weight and bias, that write a dimension first: q, of the q/k units that no layer reads."""
+    found: dict[bool, _Site] = {}
+    for parameter, place in space.places.items():
+        for stretch in _stretches(space, place.axes[0], name) if not place.is_buffer else []:
+            found.setdefault(len(place.axes) > 1, _Site(parameter, 0, *stretch))
+    return list(found.values())
+
+
+def _weights(space: DimensionSpace) -> Iterator[tuple[str, Place]]:
+    return ((name, place) for name, place in space.places.items() if not place.is_buffer and len(place.axes) > 1)
+
+
+def _own(space: DimensionSpace, name: str) -> _Gate:
+    """One gate for each unit of a dimension, at all who read it; or where it is written first, if nobody does."""
+    dimension, sites = space.dimensions[name], _readers(space, name) or _first_writers(space, name)
+    shape = (dimension.size,) if dimension.per is None else (space.sizes[dimension.per], dimension.size)
+    return _Gate(name, dimension.kind, shape, tuple(sites))
+
+
+def _free(space: DimensionSpace, kinds: Iterable[Kind]) -> list[Dimension]:
+    """The dimensions of some kinds that have units that may go."""
+    sizes = space.sizes
+    return [
+        d
+        for d in space.dimensions.values()
+        if d.kind in kinds and not d.fixed and d.size and (d.per is None or sizes[d.per])
+    ]
+
+
+def _after_sidt(space: DimensionSpace, kinds: Iterable[Kind]) -> Iterator[_Gate]:
+    return (_own(space, dimension.name) for dimension in _free(space, kinds))
+
+
+def _after_vtp(space: DimensionSpace, kinds: Iterable[Kind]) -> Iterator[_Gate]:
+    """One gate for each input column of each weight of a block."""
+    inner = {d.name for d in space.dimensions.values() if d.kind != "width"}
+    blocks = {p.block for p in space.places.values() if any(names(axis) & inner for axis in p.axes)}
+    free = sorted(_free(space, kinds), key=lambda d: d.per is None)  # an input of proj is rather a v unit than a head
+    for parameter, place in _weights(space):
+        read = [d for d in free if place.block in blocks and _stretches(space, place.axes[1], d.name)]
+        if read:
+            size = axis_size(place.axes[1], space.sizes)
+            yield _Gate(parameter, read[0].kind, (size,), (_Site(parameter, 1, 0, size, (size,), (0,)),))
+
+
+def _after_vit_slim(space: DimensionSpace, kinds: Iterable[Kind]) -> Iterator[_Gate]:
+    """One gate that q, k and v of a unit of a head share, named after the heads; the others are as SiDT's."""
+    attention = any(kind in kinds for kind in ("heads", "qk", "v"))
+    for dimension in _free(space, [kind for kind in kinds if kind in ("mlp", "width")]):
+        yield _own(space, dimension.name)
+    free = {d.name for d in _free(space, KINDS)}
+    for heads in (d for d in space.dimensions.values() if d.kind == "heads" and d.size and attention):
+        qk, v = sorted((d for d in space.dimensions.values() if d.per == heads.name), key=lambda d: d.kind)
+        if qk.size != v.size:
+            raise InputError(
+                f"vit-slim shares one gate between q, k and v, but {heads.name} has q/k of {qk.size} and v of {v.size} "
+                "units; use placement sidt"
+            )
+        # The gates of q and of k meet in their product.
+        sites = [replace(s, power=2) for s in _first_writers(space, qk.name)] if qk.name in free else []
+        sites += _readers(space, v.name) if v.name in free else []
+        if sites:
+            yield _Gate(heads.name, "heads", (heads.size, v.size), tuple(sites))
+
+
+_PLACEMENTS = {"sidt": _after_sidt, "vtp": _after_vtp, "vit-slim": _after_vit_slim}
+
+
+# --- the mechanism -------------------------------------------------------------------------------------------------
+
+
+class _Factor:
+    """What multiplies one tensor: the product of its gates."""
+
+    def __init__(self, parameters: nn.ParameterDict, speed: float) -> None:
+        self.parameters, self.speed = parameters, speed
+        self.sites: list[tuple[_Gate, _Site]] = []
+
+    def along(self, extents: Sequence[int]) -> dict[int, Tensor]:
+        """The factors along each axis that has some."""
+        found: dict[int, Tensor] = {}
+        for gate, site in self.sites:
+            value = _value(self.parameters[_key(gate.name)], self.speed).view(gate.shape)
+            shape = [s if d in site.kept else 1 for d, s in enumerate(site.view)]
+            along = (value**site.power if site.power > 1 else value).view(shape).expand(site.view).reshape(-1)
+            if len(along) < extents[site.dim]:
+                along = F.pad(along, (site.start, extents[site.dim] - site.end), value=1.0)
+            found[site.dim] = found[site.dim] * along if site.dim in found else along
+        return found
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for dim, along in self.along(tensor.shape).items():
+            tensor = tensor * along.to(tensor.dtype).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
+        return tensor
+
+
+def _value(parameter: Tensor, speed: float) -> Tensor:
+    return parameter if speed == 1 else 1 + speed * (parameter - 1)
+
+
+@cache
+def _gated_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass whose named tensors read as gated. The parameters themselves, and their names, stay as they are."""
+
+    def gated(name: str) -> property:
+        return property(lambda module: module.__dict__[_FACTORS][name](module._parameters[name]))
+
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), {**body, **{name: gated(name) for name in tensors}})
+
+
+class Gates:
+    """The gates of a model; made by :func:`gated`.
+
+    Attributes:
+        model: the model that has them, as a submodule ``sidt_gates``.
+        space: its space.
+        speed: how far a gate moves when its tensor does: a gate is ``1 + speed * (tensor - 1)``.
+    """
+
+    def __init__(self, model: nn.Module, space: DimensionSpace, found: list[_Gate], speed: float) -> None:
+        """Register the gates; :meth:`attach` puts them to work."""
+        self.model, self.space, self.speed = model, space, speed
+        self._found = {gate.name: gate for gate in found}
+        device = next(model.parameters()).device
+        ones = {n: torch.ones(math.prod(g.shape), device=device) for n, g in self._found.items()}
+        self._parameters = nn.ParameterDict({_key(n): nn.Parameter(tensor) for n, tensor in ones.items()})
+        self._factors: dict[str, _Factor] = {}
+        for gate in found:
+            for site in gate.sites:
+                factor = self._factors.setdefault(site.parameter, _Factor(self._parameters, speed))
+                factor.sites.append((gate, site))
+        self._own_classes: dict[nn.Module, type[nn.Module]] = {}
+        setattr(model, _GATES, self._parameters)
+
+    @property
+    def gates(self) -> dict[str, nn.Parameter]:
+        """The learnable tensors, by the names of the gates.
+
+        They are one-dimensional, so that optimisers that spare biases give them no weight decay. Gates are named after
+        dimensions; after the heads where q, k and v share them; after the weight for ``vtp``.
+        """
+        return {name: self._parameters[_key(name)] for name in self._found}
+
+    def values(self) -> dict[str, Tensor]:
+        """The gates themselves, each in the shape of its units; differentiable."""
+        return {n: _value(p, self.speed).view(self._found[n].shape) for n, p in self.gates.items()}
+
+    def attach(self) -> None:
+        """Let every gated tensor read as the product with its gates."""
+        owners: dict[str, dict[str, _Factor]] = {}
+        for parameter, factor in self._factors.items():
+            owner, _, leaf = parameter.rpartition(".")
+            owners.setdefault(owner, {})[leaf] = factor
+        for owner, factors in owners.items():
+            module = self.model.get_submodule(owner)
+            self._own_classes[module] = type(module)
+            module.__dict__[_FACTORS] = factors
+            module.__class__ = _gated_class(type(module), tuple(sorted(factors)))  # type: ignore[arg-type]
+
+    def penalty(self, lambdas: float | Mapping[Kind, float]) -> Tensor:
+        """``sum over kinds of lambda * sum |gate|``, a scalar; a kind that ``lambdas`` lacks has none."""
+        terms = []
+        for name, value in self.values().items():
+            weight = lambdas.get(self._found[name].kind, 0.0) if isinstance(lambdas, Mapping) else lambdas
+            terms.append(weight * value.abs().sum())
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def scores(self) -> Importance:
+        """The sizes of the factors on the gated rows and columns, summed over all that a unit has.
+
+        So a head scores as much as all its units together, as it costs as much. Units without a gate (kinds that were
+        left out, dimensions that must stay whole) score 1.
+        """
+        sums, gated = unit_sums(self.space, {}), unit_sums(self.space, {})
+        for parameter, factor in self._factors.items():
+            shape = [axis_size(axis, self.space.sizes) for axis in self.space.places[parameter].axes]
+            for dim, along in factor.along(shape).items() if len(shape) > 1 else ():
+                there = torch.zeros(shape[dim])
+                for site in (site for _, site in factor.sites if site.dim == dim):
+                    there[site.start : site.end] = shape[dim] / math.prod(shape)  # all other axes are summed over, too
+                for totals, each in ((sums, along.abs().cpu() * there), (gated, there)):
+                    entries = each.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+                    for name, total in unit_sums(self.space, {parameter: entries}, dim).items():
+                        totals[name] += total
+        return Importance(self.space, {n: torch.where(gated[n] > 0, s, 1.0).numpy() for n, s in sums.items()})
+
+    @torch.no_grad()
+    def remove(self, *, fold: bool) -> None:
+        """Take the gates out of the model, classes and all.
+
+        Args:
+            fold: whether the weights are multiplied by them, so that the outputs stay; else they stay what they are.
+        """
+        for module, own in self._own_classes.items():
+            for leaf, factor in module.__dict__.pop(_FACTORS).items():
+                if fold:
+                    weight = module._parameters[leaf]
+                    assert weight is not None
+                    weight.copy_(factor(weight))
+            module.__class__ = own
+        self._own_classes.clear()
+        delattr(self.model, _GATES)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-")  # a dot would be a submodule
+
+
+def gated(
+    model: nn.Module,
+    space: DimensionSpace | None = None,
+    *,
+    placement: Placement = "sidt",
+    kinds: Iterable[Kind] = INNER_KINDS,
+    speed: float = 1.0,
+    attach: bool = True,
+) -> Gates:
+    """Give a model gates of one, in place. The names in its state dict stay, and ``sidt_gates.*`` come in addition.
+
+    ============  =====================================================================================
+    ``sidt``      one gate for each unit of each dimension, on the columns of the weights that read it; q/k units,
+                  which no weight reads, on the rows that write q
+    ``vtp``       one for each input of each weight of a block (Zhu et al. 2021); q and k have none
+    ``vit-slim``  one for each unit of a head, shared by its q, k and v: q x gate^2, v x gate; MLP units as ``sidt``
+                  (Chavan et al. 2022)
+    ============  =====================================================================================
+
+    Args:
+        model: a backbone or a detector.
+        space: its space, if it is at hand; for a detector it must be given.
+        placement: where the gates stand.
+        kinds: the kinds of dimensions that get gates; dimensions that must stay whole get none.
+        speed: see :class:`Gates`.
+        attach: whether they act at once; else :meth:`Gates.attach` makes them, say, once weights are initialised.
+
+    Raises:
+        InputError: the placement is unknown or does not fit, the model has gates, or nothing can be gated.
+    """
+    if placement not in _PLACEMENTS:
+        raise InputError(f"placement is {placement!r}; choose from {', '.join(get_args(Placement))}")
+    if hasattr(model, _GATES):
+        raise InputError(f"this {type(model).__name__} has gates already; remove them first")
+    space = space or space_for(model)
+    found = list(_PLACEMENTS[placement](space, tuple(kinds)))
+    if not found:
+        raise InputError(f"no dimension of this {space.model} can be gated; give other kinds than {list(kinds)}")
+    gates = Gates(model, space, found, speed)
+    if attach:
+        gates.attach()
+    return gates
+
+
+# --- the search stage ----------------------------------------------------------------------------------------------
+
+
+class GateConfig(TrainConfig):
+    """How gates are learned.
+
+    Attributes:
+        lambdas: the penalty's weight, for all kinds or by kind.
+        speed: how many times as fast as weights gates move, under Adam and its kind.
+        placement: see :func:`gated`.
+        kinds: the kinds of dimensions that get gates.
+    """
+
+    epochs: int = Field(default=3, ge=0)
+    lambdas: NonNegativeFloat | dict[Kind, NonNegativeFloat] = 1e-3
+    speed: float = Field(default=20.0, gt=0)
+    placement: Placement = "sidt"
+    kinds: tuple[Kind, ...] = INNER_KINDS
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedGates:
+    """What the search stage found.
+
+    Attributes:
+        importance: the scores.
+        gates: the values of the gates; see :meth:`Gates.values`.
+        model: the model as trained with its gates, folded: an ordinary model of the same size.
+        history: of the training; see :func:`sidt.training.fit`.
+    """
+
+    importance: Importance
+    gates: dict[str, npt.NDArray[np.float32]]
+    model: nn.Module
+    history: list[dict[str, float]]
+
+
+def learn_gates(
+    model: nn.Module,
+    train: Dataset[Any],
+    config: GateConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    space: DimensionSpace | None = None,
+    folder: Path | None = None,
+) -> LearnedGates:
+    """Train."""
+    config = config or GateConfig()
+    trained = copy.deepcopy(model)
+    gates = gated(trained, space, placement=config.placement, kinds=config.kinds, speed=config.speed)
+
+    own = loss or _cross_entropy
+
+    def penalised(wrapped: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return own(wrapped, images, targets) + gates.penalty(config.lambdas)
+
+    # What a resumed training must share; the config, with the lambdas, is compared as well.
+    penalised.__qualname__ = f"{getattr(own, '__qualname__', type(own).__name__)} with gates"
+
+    history = fit(trained, train, config, loss=penalised, folder=folder, label="gates")
+    importance = gates.scores()
+    values = {name: value.detach().cpu().numpy() for name, value in gates.values().items()}
+    gates.remove(fold=True)
+    return LearnedGates(importance, values, trained, history)
+
+
+def _cross_entropy(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(head.float(), targets) for head in heads_of(model(images))]).mean()
