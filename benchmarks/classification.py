@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
+import ours
 import torch
 from cells import DETERMINISTIC, Cell, Method, Setting, cached, sample, work
 from matplotlib.figure import Figure
@@ -123,6 +124,10 @@ ROWS: dict[str, Callable[[Setting], Method]] = {
     "VTP gates": partial(learned, name="vtp", placement="vtp"),
     "ViT-Slim gates": partial(learned, name="vit-slim", placement="vit-slim"),
     "SiDT gates": partial(learned, name="sidt", placement="sidt"),
+    "Taylor + least squares": ours.least_squares,
+    "SiDT greedy + repair": ours.greedy,
+    "SiDT repair": ours.repaired,
+    "SiDT search + repair": ours.searched,
     "Torch-Pruning": torch_pruning,
     "ModelOpt FastNAS": fastnas,
 }
@@ -184,26 +189,28 @@ def summary(cells: Sequence[Cell], runs: Path, timed: dict[str, Any]) -> list[di
     rows: dict[tuple[str, str, float], dict[str, Any]] = {}
     for cell in cells:
         steps = rows.setdefault((cell.row, cell.kind, cell.share), {})
-        if cell.file(runs).exists():
-            steps.setdefault(cell.step, {})[cell.file(runs)] = read_json(cell.file(runs))
+        steps.setdefault(cell.step, []).append(read_json(cell.file(runs)))
     summed = []
     for (row, kind, share), steps in rows.items():
-        each = list(steps.get("no training", {}).values())
+        each = steps["no training"]
         good = [result for result in each if "failed" not in result]
         found: dict[str, Any] = {"row": row, "kind": kind, "share": share}
         if not good:
-            summed.append(found | {"failed": each[0]["failed"] if each else "not done"})
+            summed.append(found | {"failed": each[0]["failed"]})
             continue
         found |= {key: float(np.mean([result[key] for result in good])) for key in ("params", "macs", "seconds")}
         found |= {"info": [result["info"] for result in good], "latency_ms": timed.get(_label(row, kind, share))}
-        found["top1"] = {step: _mean(list(results.values())) for step, results in steps.items()}
+        found["seeds_failed"] = len(each) - len(good)
+        found["top1"] = {step: mean for step, results in steps.items() if (mean := _mean(results))}
         summed.append(found)
     return summed
 
 
-def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Mean over seeds, its standard error over the test images, and the standard deviation over seeds."""
     good = [result for result in results if "failed" not in result]
+    if not good:
+        return None
     hits = np.mean([_hits(result) for result in good], axis=0)
     each = [result["top1"] for result in good]
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
@@ -229,7 +236,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         headers = ["", *(f"top-1, {step}" for step in steps), "params", "MACs", "method (s)", "ms, 1", "ms, 32"]
         lines = [
             [
-                row["row"],
+                row["row"] + (f" ({row['seeds_failed']} seeds failed)" if row["seeds_failed"] else ""),
                 *(_percent(row["top1"].get(step)) for step in steps),
                 *(f"{row[key]:,.0f} ({row[key] / dense[key]:.1%})" for key in ("params", "macs")),
                 f"{row['seconds']:.0f}",
@@ -311,7 +318,7 @@ def all_cells(
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", type=click.Choice(["vit", "swin"]), default="vit", show_default=True)
-@click.option("--rows", default=",".join(ROWS), show_default=True)
+@click.option("--rows", default=",".join(ROWS), show_default=True, help="To work on; the results have all there are.")
 @click.option("--budgets", default="0.8,0.6,0.4", show_default=True, help="Of the parameters, and of the MACs.")
 @click.option("--kinds", default="params,macs", show_default=True, help="What the budgets are of.")
 @click.option("--seeds", default="0,1,2", show_default=True)
@@ -373,15 +380,16 @@ def main(
         {"epochs": epochs, "teacher": taught} for taught in ((False, True) if teacher else (False,)) if epochs
     ]
     targets = [(kind, float(share)) for kind in kinds.split(",") for share in budgets.split(",")]
-    cells = list(all_cells(rows.split(","), targets, [int(s) for s in seeds.split(",")], trainings))
+    numbers = [int(seed) for seed in seeds.split(",")]
+    cells = list(all_cells(rows.split(","), targets, numbers, trainings))
     work(cells, runs, make)
-    if latency:
-        write_json(runs / "latency.json", latencies(cells, runs, given))
-    timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}
-    found = summary(cells, runs, timed)
-    missing = sum(not cell.file(runs).exists() for cell in cells)
-    if missing:
+    if missing := sum(not cell.file(runs).exists() for cell in cells):
         click.echo(f"{missing} of {len(cells)} cells are not there yet: other processes are at them")
+    there = [cell for cell in all_cells(list(ROWS), targets, numbers, trainings) if cell.file(runs).exists()]
+    if latency:
+        write_json(runs / "latency.json", latencies(there, runs, given))
+    timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}
+    found = summary(there, runs, timed)
     text = tables(found)
     notes = (
         f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "

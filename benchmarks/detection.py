@@ -1,12 +1,15 @@
-"""Detectors on the digits detection set, pruned by scores from their own loss and from classification.
+"""Detectors on the digits detection set, pruned by their own loss, by classification, and by what others rank by.
 
     python benchmarks/detection.py --seeds 0,1,2
 
 For every seed: the small detector of configs/detection/digits_<backbone>.py is trained; its backbone is scored by the
 detector's loss and by the cross-entropy of a linear classifier of single digits on the same backbone; plans of equal
-multiply-adds are sliced and fine-tuned alike. Everything is kept below --runs, so a stopped benchmark goes on.
+multiply-adds are sliced and fine-tuned alike. Without fine-tuning, both are compared with the scores that other tools
+rank by, and with themselves after alignment and least squares. Everything is kept below --runs, so a stopped benchmark
+goes on.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from sidt import importance as criteria
+from sidt.alignment import align
 from sidt.allocation import allocate
 from sidt.batches import make_loader
 from sidt.budget import Budget
+from sidt.compensation import compensate
 from sidt.data import DataConfig, load_data
 from sidt.detection import pipeline
 from sidt.detection.checkpoints import CONFIG, load_detector, save_detector
@@ -33,6 +38,7 @@ from sidt.detection.evaluation import average_precision
 from sidt.detection.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
 from sidt.importance import Importance
+from sidt.moments import measure_moments
 from sidt.report import table
 from sidt.space import DimensionSpace
 from sidt.surgery import slice_model
@@ -40,7 +46,7 @@ from sidt.surgery import slice_model
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
-CURVE = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
+CURVE = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1)  # shares of the backbone's multiply-adds for the curve without fine-tuning
 
 
 class Classifier(nn.Module):
@@ -54,8 +60,8 @@ class Classifier(nn.Module):
         return self.head(torch.cat([m.mean((2, 3)) for m in self.backbone(images)], 1))
 
 
-def classification_scores(detector: Any, config: Config, space: DimensionSpace, seed: int) -> tuple[Importance, float]:
-    """Taylor scores of a digit classifier on the detector's backbone, and its accuracy on held-out digits."""
+def digit_classifier(detector: Any, config: Config, space: DimensionSpace, seed: int) -> tuple[Classifier, Any, float]:
+    """A digit classifier on the detector's backbone, images to score it with, and its accuracy on held-out digits."""
     mean, std = (tuple(v / 255 for v in config.model.data_preprocessor[name]) for name in ("mean", "std"))
     side = space.trace.input_size[1]
     data = load_data(DataConfig(name="digits", image_size=side, mean=mean, std=std, seed=seed))
@@ -75,8 +81,7 @@ def classification_scores(detector: Any, config: Config, space: DimensionSpace, 
         model.head.weight.copy_(torch.from_numpy(fitted.coef_))
         model.head.bias.copy_(torch.from_numpy(fitted.intercept_))
     images = torch.utils.data.Subset(data.calibration, range(SCORE_IMAGES))
-    scores = criteria.taylor(model, make_loader(images, 64), space=space)
-    return scores, float(fitted.score(held.numpy(), held_labels.numpy()))
+    return model, make_loader(images, 64), float(fitted.score(held.numpy(), held_labels.numpy()))
 
 
 def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: Path, options: dict[str, Any]) -> dict:
@@ -88,14 +93,12 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
     detector, config = load_detector(folder / "dense")
     space = detector_space(detector, config.model, pipeline.input_size(run))
     batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
-    by_classes, accuracy = classification_scores(detector, config, space, seed)
+    classifier, digits, accuracy = digit_classifier(detector, config, space, seed)
     scores = {
         "detection loss": criteria.taylor(detector, batches, detector_loss, space=space),
-        "classification": by_classes,
+        "classification": criteria.taylor(classifier, digits, space=space),
     }
-    curves = folder / "curves.json"
-    if not curves.is_file():
-        write_json(curves, {name: curve(detector, config, score) for name, score in scores.items()})
+    curves = all_curves(folder / "curves", detector, config, space, batches, digits, classifier, scores, seed)
     plans: dict[str, Any] = {"dense": None}
     for share in shares:
         for name, score in scores.items():
@@ -116,14 +119,62 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
             write_json(place / "row.json", row | {"backbone": {"params": cost.params, "macs": cost.macs}})
         rows[name] = read_json(place / "row.json")
         click.echo(f"seed {seed}, {name}: " + ", ".join(f"{s} {rows[name][s]['bbox']['AP']:.3f}" for s in STEPS))
-    return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows, "curves": read_json(curves)}
+    return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows, "curves": curves}
 
 
-def curve(detector: Any, config: Config, score: Importance) -> list[float]:
-    """Test AP of the sliced detector, not fine-tuned, at every share of ``CURVE``."""
+def all_curves(
+    folder: Path,
+    detector: nn.Module,
+    config: Config,
+    space: DimensionSpace,
+    batches: list[Any],
+    digits: Any,
+    classifier: Classifier,
+    scores: dict[str, Importance],
+    seed: int,
+) -> dict[str, list[float]]:
+    """Test AP without fine-tuning at every share of ``CURVE``, for every way to score; a file for each."""
+
+    def sliced(score: Importance) -> list[float]:
+        return curve(config, (slice_model(detector, allocate(score, Budget(macs=share))) for share in CURVE))
+
+    def repaired(on_classes: bool) -> list[float]:
+        base, moments = align(detector, measure_moments(detector, batches, forward=detector_loss, space=space))
+        if on_classes:
+            own = Classifier(base.backbone)
+            own.head = classifier.head
+            score = criteria.taylor(own, digits, space=space)
+        else:
+            score = criteria.taylor(base, batches, detector_loss, space=space)
+        return curve(config, (compensate(base, allocate(score, Budget(macs=share)), moments) for share in CURVE))
+
+    loss = {"loss": detector_loss, "space": space}
+    ways: dict[str, Callable[[], list[float]]] = {
+        "random": lambda: sliced(criteria.random(detector, seed=seed, space=space)),
+        "L1": lambda: sliced(criteria.magnitude(detector, p=1, space=space)),
+        "L2": lambda: sliced(criteria.magnitude(detector, p=2, space=space)),
+        "Taylor of each parameter, detection loss": lambda: sliced(
+            criteria.taylor(detector, batches, level="parameter", **loss)
+        ),
+        "Taylor, classification": lambda: sliced(scores["classification"]),
+        "Taylor, detection loss": lambda: sliced(scores["detection loss"]),
+        "SiDT repair, classification": lambda: repaired(True),
+        "SiDT repair, detection loss": lambda: repaired(False),
+    }
+    found = {}
+    for name, way in ways.items():
+        file = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
+        if not file.is_file():
+            write_json(file, way())
+        found[name] = read_json(file)
+        click.echo(f"seed {seed}, {name}: " + " ".join(f"{100 * ap:.1f}" for ap in found[name]))
+    return found
+
+
+def curve(config: Config, smaller: Iterable[nn.Module]) -> list[float]:
+    """Test AP of each of some detectors."""
     source = source_of(config, "test_dataloader")
     loader = Runner.build_dataloader(config.test_dataloader, seed=0)
-    smaller = (slice_model(detector, allocate(score, Budget(macs=share))) for share in CURVE)
     return [float(average_precision(d, loader, source.annotations, source.classes)[0]) for d in smaller]
 
 

@@ -74,7 +74,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _set_heads(attention: Any, count: int) -> None:
-    """The four attributes that timm's attentions repeat; Torch-Pruning leaves them as they were."""
+    """The attributes in which timm's attentions repeat their sizes; Torch-Pruning leaves them as they were."""
     attention.num_heads = count
     attention.attn_dim = attention.qkv.out_features // 3
     attention.head_dim = attention.attn_dim // count
@@ -131,7 +131,7 @@ def _prune(
     model: Any = copy.deepcopy(setting.dense)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     attentions = [m for m in model.modules() if _is_attention(m)]
-    before = [m.head_dim for m in attentions]
+    before = [m.qkv.out_features // 3 // m.num_heads for m in attentions]
     counts = {m.qkv: m.num_heads for m in attentions}
     ignored = [model.get_classifier()]
     if keep_width:

@@ -1,22 +1,29 @@
 """The search stage on a detector's own loss, as a hook that any MMEngine config can name."""
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdet.registry import HOOKS
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from sidt.detection.configs import input_size_of
 from sidt.detection.detector import detector_space
+from sidt.detection.settings import Settings
+from sidt.detection.training import train
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS, Kind
 from sidt.gates import Gates, Placement, gated
+from sidt.importance import Importance, load_importance
+from sidt.space import DimensionSpace
 
 
 @HOOKS.register_module()
@@ -66,8 +73,9 @@ class GateHook(Hook):  # type: ignore[misc]
         if wrapped:  # it shares the gradients of the parameters it was made with
             runner.model = runner.wrap_model(copy.deepcopy(config.get("model_wrapper_cfg")), detector)
         optimizer = copy.deepcopy(config.optim_wrapper)
-        keys = optimizer.setdefault("paramwise_cfg", {}).setdefault("custom_keys", {})
-        keys.setdefault("sidt_gates", {"decay_mult": 0.0})
+        special = optimizer.get("paramwise_cfg") or {}
+        keys = {"sidt_gates": {"decay_mult": 0.0}, **(special.get("custom_keys") or {})}
+        optimizer["paramwise_cfg"] = {**special, "custom_keys": keys}
         runner.optim_wrapper = runner.build_optim_wrapper(optimizer)
         runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
         if config.get("param_scheduler") is not None:
@@ -93,3 +101,22 @@ class GateHook(Hook):  # type: ignore[misc]
         if kwargs.get("mode") != "loss" or self.gates is None:
             return losses
         return {**losses, "loss_gates": self.gates.penalty(self.lambdas)}
+
+
+def gate_scores(detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace) -> Importance:
+    """Scores by gates that are learned on the training data of a config; the detector is left as it is.
+
+    The training, by MMEngine, starts from the detector's weights and is thrown away but for the scores.
+    """
+    own = Config(config.to_dict(), filename=config.filename)
+    own.merge_from_dict(settings.gates.train)
+    own.val_cfg = own.val_dataloader = own.val_evaluator = None
+    with tempfile.TemporaryDirectory() as folder:
+        start, out = Path(folder, "start.safetensors"), Path(folder, "scores.safetensors")
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in detector.state_dict().items()}
+        start.write_bytes(dump_tensors(state))
+        hook = {"type": "GateHook", "kinds": settings.kinds, "out": str(out)}
+        hook |= settings.gates.model_dump(exclude={"train"})
+        own.custom_hooks = [*(own.get("custom_hooks") or []), hook]
+        train(own, start, Path(folder, "states"), "gates")
+        return load_importance(out, space)

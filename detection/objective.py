@@ -15,6 +15,7 @@ from sidt import importance as criteria
 from sidt.alignment import align
 from sidt.detection.configs import Source, with_data
 from sidt.detection.evaluation import average_precision
+from sidt.detection.gates import gate_scores
 from sidt.detection.loss import detector_loss, minus_losses, read_batches
 from sidt.detection.settings import Settings
 from sidt.files import read_json
@@ -29,12 +30,16 @@ Say = Callable[[str], None]
 def measured_scores(
     detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace, say: Say
 ) -> Importance:
-    """The importance that the settings name; taylor and fisher are of the detector's loss on training images."""
+    """The importance that the settings name; taylor, fisher and gates are of the detector's loss on training images."""
     if settings.score == "random":
         return criteria.random(detector, seed=settings.seed, space=space)
     if settings.score == "magnitude":
         return criteria.magnitude(detector, space=space)
     begin = time.perf_counter()
+    if settings.score == "gates":
+        found = gate_scores(detector, config, settings, space)
+        say(f"scores: gates learned on the detector's loss, {time.perf_counter() - begin:.0f} s")
+        return found
     batch = 1 if settings.score == "fisher" else int(config.train_dataloader.get("batch_size", 2))
     batches = read_batches(config, settings.score_images, batch_size=batch, seed=settings.seed)
     criterion = criteria.fisher if settings.score == "fisher" else criteria.taylor

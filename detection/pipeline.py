@@ -171,8 +171,8 @@ def search(run: DetectionRun, say: Say) -> str:
     scores = _scores(run, detector, config, space, say)
     rules = Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to)
     forward = predict if settings.on == "detector" else run_backbone
-    budget = settings.budget.value()
-    latencies = latencies_for(run.folder / "latency", detector, scores, budget, rules, say, forward=forward)
+    budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
+    latencies = latencies_for(layers, detector, scores, budget, rules, say, forward=forward)
     judge = objective(config, settings, source, split["holdout"], None)
     begin = time.perf_counter()
     dense_value = float(np.mean(judge(detector)))

@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 from sidt.config import BudgetConfig
 from sidt.families import INNER_KINDS, Kind
+from sidt.gates import Placement
 
 
 class TeacherSettings(BaseModel):
@@ -20,6 +21,24 @@ class TeacherSettings(BaseModel):
     features: float = Field(default=6.0, gt=0)
 
 
+class GateSettings(BaseModel):
+    """How gates are learned on the detector's loss; see ``sidt.detection.gates.GateHook``.
+
+    Attributes:
+        lambdas: the penalty's weight, for all kinds or by kind.
+        speed: how many times as fast as weights gates move.
+        placement: where the gates stand; see :func:`sidt.gates.gated`.
+        train: values of the MMDetection config for this training, by dotted key; it is not validated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lambdas: NonNegativeFloat | dict[Kind, NonNegativeFloat] = 1e-3
+    speed: float = Field(default=250.0, gt=0)
+    placement: Placement = "sidt"
+    train: dict[str, Any] = Field(default_factory=lambda: {"train_cfg.max_epochs": 1})
+
+
 class Settings(BaseModel):
     """The section ``sidt = dict(...)`` of an MMDetection config; options of the command line replace its values.
 
@@ -29,8 +48,9 @@ class Settings(BaseModel):
         input_size: channels, height, width of the image that costs are stated at; None: the test pipeline's.
         holdout: training images held out for the search, and as many again to judge what it found: a fraction, or
             a number.
-        score: the importance; taylor and fisher are those of the detector's own loss.
-        score_images: training images that it is measured on.
+        score: the importance; taylor, fisher and gates are those of the detector's own loss.
+        score_images: training images that it is measured on; gates are learned on all.
+        gates: how gates are learned.
         repair: whether the detector is aligned before it is scored, and what lost inputs is refitted after every
             slice, on the images of the scores.
         objective: what a trial is judged by on the held-out images: COCO box AP, or the detector's loss.
@@ -53,8 +73,9 @@ class Settings(BaseModel):
     on: Literal["backbone", "detector"] = "backbone"
     input_size: tuple[int, int, int] | None = None
     holdout: float | int = Field(default=0.1, gt=0)
-    score: Literal["taylor", "fisher", "magnitude", "random"] = "taylor"
+    score: Literal["taylor", "fisher", "magnitude", "random", "gates"] = "taylor"
     score_images: int = Field(default=128, ge=1)
+    gates: GateSettings = GateSettings()
     repair: bool = True
     objective: Literal["ap", "loss"] = "ap"
     trials: int = Field(default=20, ge=1)

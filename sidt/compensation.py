@@ -10,16 +10,20 @@ that of plain slicing. q/k and v need no repair once the model is aligned (:mod:
 the best fit that there is.
 """
 
-from typing import TypeVar
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sidt.axes import kept_indices, names
-from sidt.moments import Moments
+from sidt.errors import InputError
+from sidt.moments import Forward, Moments, Rows, run_images, watching
 from sidt.plan import DimensionPlan
 from sidt.space import DimensionSpace
-from sidt.surgery import slice_model
+from sidt.surgery import explicit, slice_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +34,7 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
     """Slice a model by a plan and repair the layers that read heads, v and mlp (proj, fc2).
 
     A few hundred images are enough for the moments; the repair itself takes milliseconds a layer. Layers that lost
-    width are sliced plainly.
+    width are sliced plainly; see :func:`refit_width`.
 
     Args:
         model: the dense model.
@@ -59,6 +63,99 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
             weight = weight[rows]
             _write(sliced, name, refit(weight[:, columns], weight @ moment[:, columns], moment[columns][:, columns]))
     return sliced
+
+
+def refit_width(
+    model: nn.Module,
+    sliced: Model,
+    plan: DimensionPlan,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = run_images,
+) -> Model:
+    """A copy of a sliced model whose layers that lost width are refitted, one after the other in the order they run.
+
+    Norms have other statistics over fewer units, so what such a layer reads is not a part of what it read before: both
+    models run on the images, and each layer is fitted to what the dense one writes, given what the sliced one reads by
+    then. That is two forward passes over the images for each layer; a hundred images are enough for a small model.
+
+    Args:
+        model: the dense model.
+        sliced: what ``slice_model`` or ``compensate`` made of it.
+        plan: by which.
+        batches: (images, targets), or what ``forward`` takes; they are kept in memory.
+        forward: runs a model on a batch.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    space, images = plan.space, list(batches)
+    if not images:
+        raise InputError("the repair of the width got no batch; give at least one image")
+    dense, result, twin = explicit(model, space), copy.deepcopy(sliced), explicit(sliced, space)
+    with torch.no_grad():
+        for rows in _order(dense, _lost_width(plan), images[0], forward):
+            _refit_one(dense, twin, rows, plan, images, forward)
+    result.load_state_dict(twin.state_dict())
+    return result
+
+
+def _lost_width(plan: DimensionPlan) -> list[str]:
+    space, sizes = plan.space, plan.sizes
+    lost = {d.name for d in space.dimensions.values() if d.kind == "width" and sizes[d.name] < d.size}
+    return [
+        name
+        for name, place in space.places.items()
+        if name in space.trace.positions and len(place.axes) > 1 and names(place.axes[1]) & lost
+    ]
+
+
+def _order(model: nn.Module, wanted: list[str], batch: Any, forward: Forward) -> list[Rows]:
+    """The rows of some weights in the order in which they first read something."""
+    seen: dict[Rows, None] = {}
+    with watching(model, wanted, lambda rows, _, __: seen.setdefault(rows)):
+        forward(model, batch)
+    return list(seen)
+
+
+class _Enough(Exception):
+    """Ends a forward pass: what was wanted of it has been seen."""
+
+
+def _reads(model: nn.Module, rows: Rows, batch: Any, forward: Forward) -> tuple[Tensor, Tensor]:
+    """What some rows of a weight read first, [positions, columns + 1] with the constant 1, and these rows."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def see(seen: Rows, x: Tensor, weight: Tensor) -> None:
+        if seen == rows:
+            found.append((torch.cat([x, x.new_ones(len(x), 1)], 1).double().cpu(), weight))
+            raise _Enough
+
+    with suppress(_Enough), watching(model, [rows[0]], see):
+        forward(model, batch)
+    return found[0]
+
+
+def _refit_one(
+    dense: nn.Module, sliced: nn.Module, rows: Rows, plan: DimensionPlan, batches: list[Any], forward: Forward
+) -> None:
+    """Fit the rows of one weight of the sliced model, in place."""
+    (name, start), space = rows, plan.space
+    keep = kept_indices(space.places[name].axes[0], space.sizes, plan.keep, space.per)
+    # The rows before these in the sliced weight are those kept of the rows before these in the dense one.
+    own = (name, int((keep < start).sum()))
+    cross = moment = torch.zeros(())
+    for batch in batches:
+        (x, weight), (read, small) = _reads(dense, rows, batch, forward), _reads(sliced, own, batch, forward)
+        kept = torch.from_numpy(keep[(keep >= start) & (keep < start + len(weight))])
+        wanted, bias = _with_bias(dense, name)
+        written = x[:, : wanted.shape[1]] @ wanted[kept].T
+        read = read[:, : small[0].numel() + (bias is not None)]
+        cross, moment = cross + written.T @ read, moment + read.T @ read
+    whole = _with_bias(sliced, name)[0]
+    here = slice(own[1], own[1] + len(small))
+    whole[here] = refit(whole[here], cross / len(batches), moment / len(batches))
+    _write(sliced, name, whole)
 
 
 def refit(weight: Tensor, cross: Tensor, moment: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def _first_writers(space: DimensionSpace, name: str) -> list[_Site]:
     """The output rows, weight and bias, that write a dimension first: q, of the q/k units that no layer reads."""
     found: dict[bool, _Site] = {}
     for parameter, place in space.places.items():
-        for stretch in _stretches(space, place.axes[0], name) if not place.is_buffer else []:
+        axes = () if place.is_buffer else place.axes[:1]  # a detector has parameters without an axis
+        for stretch in (stretch for axis in axes for stretch in _stretches(space, axis, name)):
             found.setdefault(len(place.axes) > 1, _Site(parameter, 0, *stretch))
     return list(found.values())
 

@@ -399,7 +399,7 @@ def compare_layers(
     seen = time_plans(model, both, names, batch=batch, rounds=rounds, forward=forward, progress=progress).min(axis=2)
     whole, inside = seen[..., :1], seen[..., 1:]
     times = np.concatenate([inside, whole - inside.sum(axis=-1, keepdims=True), whole], axis=-1)
-    macs = np.array([_macs_of(space, names, p.sizes) for p in both])
+    macs = np.array([macs_of(space, names, p.sizes) for p in both])
     rows = []
     for i, name in enumerate([*names, "(rest)", "(model)"]):
         dense, sliced = times[:, 0, i], times[:, 1, i]
@@ -411,7 +411,7 @@ def compare_layers(
     return rows
 
 
-def _macs_of(space: DimensionSpace, names: Sequence[str], sizes: Mapping[str, int]) -> list[int]:
+def macs_of(space: DimensionSpace, names: Sequence[str], sizes: Mapping[str, int]) -> list[int]:
     """Multiply-adds of some modules, of the rest, and of all."""
     rows = report(space, sizes).rows
     inside = [sum(r.macs for r in rows if r.name == n or r.name.startswith(f"{n}.")) for n in names]

@@ -90,7 +90,7 @@ def test_the_steps_leave_a_whole_run_folder(finished):
     names = {p.name for p in finished.iterdir()}
     assert names >= {
         "config.yaml", "config.json", "plan.json", "model.safetensors", "scores.safetensors", "study.db",
-        "search", "evaluation.json", "report.md", "kept.png", "search.png", "dense", "sliced",
+        "search", "evaluation.json", "report.md", "kept.png", "search.png", "dense", "base", "sliced",
     }  # fmt: skip
     assert not [n for n in names if n.startswith(".")]
     for picture in ("kept.png", "search.png"):
@@ -146,7 +146,7 @@ def test_complexity_of_a_run_a_config_and_a_plan(finished, config, sidt_command)
     rows = json.loads((finished / "evaluation.json").read_text())
     report = json.loads(sidt_command("complexity", finished, "--format", "json")[1])
     assert report["params"] < report["dense"]["params"] == rows["dense"]["params"]
-    with_plan = sidt_command("complexity", config, "--plan", finished / "plan.json", "--format", "json")[1]
+    with_plan = sidt_command("complexity", config, "--plan", finished / "search" / "plan.json", "--format", "json")[1]
     assert json.loads(with_plan) == report
     assert json.loads(sidt_command("complexity", config, "--format", "json")[1])["params"] == rows["dense"]["params"]
     assert (

@@ -7,14 +7,18 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import yaml
 from backbones import BACKBONES, PVT, SWIN, VIT_TINY, dense, random_plan
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from sidt import Budget, allocate, importance, slice_model
 from sidt.allocation import Rules
+from sidt.cli import cli
 from sidt.complexity import PlanCosts
+from sidt.errors import InputError
 from sidt.families import INNER_KINDS
 from sidt.latency import STEP, LayerLatencies, LayerTable, TimedPlanCosts, differences, grid_of, load_latencies
 from sidt.report import latency_text
@@ -25,6 +29,7 @@ from sidt.timing import (
     first_units,
     fit_latency,
     latencies_for,
+    macs_of,
     measure_layers,
     time_plans,
     timed_layers,
@@ -352,6 +357,52 @@ def test_a_run_measures_once_and_says_what_is_from_elsewhere(tmp_path, monkeypat
     taken = latencies_for(tmp_path, model, scores, budget, Rules(), said.append)
     assert taken.to_json() == by_hand(VIT_TINY).to_json()
     assert "elsewhere" in said[-1] and "abacus there" in said[-1]
+
+
+def clock_of_macs(monkeypatch):
+    """A clock for which every layer takes as long as it has multiply-adds."""
+
+    def times(model, plans, layers, *, rounds, **_):
+        *inside, _, total = np.array([macs_of(p.space, layers, p.sizes) for p in plans], dtype=float).T
+        rows = np.stack([total, *inside], axis=-1) / 1e6
+        return np.broadcast_to(rows[None, :, None], (rounds, len(plans), 2, 1 + len(layers)))
+
+    monkeypatch.setattr("sidt.timing.time_plans", times)
+
+
+def test_a_run_is_searched_within_a_latency(tmp_path, monkeypatch):
+    """By the command line: layers are timed once, the same command goes on, and the layers of the plan are shown."""
+    clock_of_macs(monkeypatch)
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+    config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    tree = {
+        "model": {"name": "vit_tiny_patch16_224", "args": args},
+        "data": {"name": "digits", "image_size": 16},
+        "train": {"epochs": 1},
+        "score": {"method": "magnitude"},
+        "budget": {"params": 0.9},
+        "search": {"images": 16},
+        "device": "cpu",
+    }
+    config.write_text(yaml.safe_dump(tree))
+
+    def sidt(*words):
+        result = CliRunner().invoke(cli, [str(w) for w in words], catch_exceptions=False, standalone_mode=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    sidt("train", config, "--out", folder)
+    sidt("score", folder)
+    first = sidt("search", folder, "--budget.latency", "0.7", "--trials", "2")
+    assert "sizes of 4 layers" in first and "by the layer table" in first
+    assert len(list((folder / "latency").iterdir())) == 2
+    again = sidt("search", folder, "--trials", "3")
+    assert "sizes of 4 layers" not in again and "after 3 trials" in again
+    assert json.loads((folder / "search" / "search.json").read_text())["budget"] == "latency=0.7"
+    shown = sidt("complexity", folder, "--latency")
+    assert "blocks.1.attn" in shown and "time left" in shown and "device cpu" in shown
+    with pytest.raises(InputError, match="--plan"):
+        sidt("complexity", "vit_tiny_patch16_224", "--latency")
 
 
 # --- files --------------------------------------------------------------------------------------------------------
