@@ -23,7 +23,9 @@ from sidt.errors import InputError
 from sidt.files import read_json, replacing, write_json
 from sidt.space import DimensionSpace
 
-DETERMINISTIC = ("dense", "L1", "L2")  # one seed's model is every seed's
+RIVALS = ("Torch-Pruning", "ModelOpt FastNAS")
+# One seed's model is every seed's. The rivals' would differ, but choosing one takes them ten minutes a target.
+DETERMINISTIC = ("dense", "L1", "L2", *RIVALS)
 Method = tuple[nn.Module, dict[str, Any]]  # the smaller model, and what there is to say about it
 
 

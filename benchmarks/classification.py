@@ -22,7 +22,7 @@ import click
 import numpy as np
 import ours
 import torch
-from cells import DETERMINISTIC, Cell, Method, Setting, cached, sample, work
+from cells import DETERMINISTIC, RIVALS, Cell, Method, Setting, cached, sample, work
 from matplotlib.figure import Figure
 from results import environment, write_results
 from rivals import fastnas, load_shapes, save_shapes, torch_pruning
@@ -131,7 +131,6 @@ ROWS: dict[str, Callable[[Setting], Method]] = {
     "Torch-Pruning": torch_pruning,
     "ModelOpt FastNAS": fastnas,
 }
-RIVALS = ("Torch-Pruning", "ModelOpt FastNAS")
 
 # --- cells: one file each ---------------------------------------------------------------------------------------------
 
@@ -395,10 +394,10 @@ def main(
         f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "
         "calibration images, random scores and training) +- its standard error over the images, and (sd) the standard "
         "deviation over the seeds where the method depends on them. No method has seen the test images. "
-        f"{images:,} calibration images; the rivals choose among their settings on held-out images. Training: "
-        f"{', '.join(f'{key} {value}' for key, value in RECIPE.items())}, cosine; for all rows the same images in the "
-        "same order. method (s): wall time until the smaller model is there, with other work on the machine. ms: one "
-        "forward of 1 and of 32 images on this CPU, the median over rounds of all models in turn."
+        f"{images:,} calibration images; the rivals choose among their settings on held-out images, with the first "
+        f"seed. Training: {', '.join(f'{key} {value}' for key, value in RECIPE.items())}, cosine; for all rows the "
+        "same images in the same order. method (s): wall time until the smaller model is there, with other work on the "
+        "machine. ms: one forward of 1 and of 32 images on this CPU, the median over rounds of all models in turn."
     )
     where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
         f" --train-images {train_images} --epochs {epochs}" + (" --teacher" if teacher else "")

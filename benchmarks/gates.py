@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 ROUNDS, GOAL, LAMBDA = 7, 1.05, 1e-3
 VIT = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100}
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {  # name -> model, arguments, batch and side
-    "DeiT-S, 224 x 224": ("deit_small_patch16_224", {}, (8, 224)),
+    "DeiT-S, 224 x 224": ("deit_small_patch16_224", {}, (4, 224)),
     "CIFAR ViT, 32 x 32": ("deit_tiny_patch16_224", VIT, (64, 32)),
 }
 BUDGETS = (0.6, 0.4)
@@ -150,7 +150,7 @@ def sample(data: Dataset[Any], count: int) -> Subset[Any]:
 
 
 def ranking(root: Path, checkpoint: Path, images: int) -> dict[str, Any]:
-    """Accuracy of slices without fine-tuning: by Taylor, and by gates, cut from either the given or the folded model."""
+    """Accuracy of slices without fine-tuning: by Taylor, and by gates, cut from the given or the folded model."""
     model = timm.create_model("deit_tiny_patch16_224", **VIT)
     load_weights(model, checkpoint)
     space, data = space_for(model.eval()), load_data(DataConfig(name="cifar100", root=root, download=False))
@@ -172,6 +172,7 @@ def ranking(root: Path, checkpoint: Path, images: int) -> dict[str, Any]:
         cut = [slice_model(whole, allocate(scores, Budget(params=budget))) for budget in BUDGETS]
         hits[name] = [correct(each, held_out, device="cpu").tolist() for each in (whole, *cut)]
     values = {n: np.concatenate([v.ravel() for k, v in learned.gates.items() if k.startswith(n)]) for n in _KINDS}
+    base = hits["Taylor, given weights"]
     return {
         "config": config.model_dump(mode="json"),
         "images": images,

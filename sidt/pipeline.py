@@ -38,6 +38,7 @@ from sidt.distillation import distillation_loss
 from sidt.errors import InputError
 from sidt.evaluation import check_classes, correct, log_likelihood, top1
 from sidt.files import read_json, write_json, write_text
+from sidt.gates import learn_gates
 from sidt.importance import Importance, load_importance
 from sidt.moments import Moments, measure_moments
 from sidt.plan import DimensionPlan, load_plan
@@ -130,21 +131,38 @@ def score(run: Run) -> str:
     space = space_for(model)
     if run.config.repair:
         model = align(model, _moments(run, model))[0]
-    options = dict(config.options)
-    if config.method == "random":
-        options.setdefault("seed", run.config.seed)
-    arguments: tuple[Any, ...] = (model,)
-    if config.method not in ("random", "magnitude"):
-        images = _sample(load_data(run.config.data).calibration, config.images)
-        arguments = (model.to(run.device), make_loader(images, 64))
-    criterion: Callable[..., Importance] = getattr(criteria, config.method)
-    try:
-        found = criterion(*arguments, space=space, **options)
-    except TypeError as error:
-        raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
+    if config.method == "gates":
+        found = _gate_scores(run, model, space)
+    else:
+        options = dict(config.options)
+        if config.method == "random":
+            options.setdefault("seed", run.config.seed)
+        arguments: tuple[Any, ...] = (model,)
+        if config.method not in ("random", "magnitude"):
+            images = _sample(load_data(run.config.data).calibration, config.images)
+            arguments = (model.to(run.device), make_loader(images, 64))
+        criterion: Callable[..., Importance] = getattr(criteria, config.method)
+        try:
+            found = criterion(*arguments, space=space, **options)
+        except TypeError as error:
+            raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
     found.save(run.folder / "scores.safetensors")
     save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
     return f"scores by {config.method} in {time.perf_counter() - begin:.0f} s -> {run.folder / 'scores.safetensors'}"
+
+
+def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
+    """Learn gates on training images; a stopped training goes on."""
+    config = run.config.score
+    if config.options:
+        raise InputError(f"score.options {config.options} has no meaning for gates; set score.gates instead")
+    gates = config.gates
+    if gates.device == "auto":
+        gates = gates.model_copy(update={"device": run.device})
+    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()}"
+    own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    images = _sample(load_data(run.config.data).train, config.images)
+    return learn_gates(model, images, gates, space=space, folder=own).importance
 
 
 def search(run: Run, say: Callable[[str], None]) -> str:

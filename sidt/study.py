@@ -208,8 +208,9 @@ def search(
         study = _open(storage, name, pareto)
         finished = study.get_trials(states=_FINISHED)
         study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
+        waiting = [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
         for known in first:
-            if not any(t.params == known for t in finished):
+            if known not in [*(t.params for t in finished), *waiting]:
                 study.enqueue_trial(known)
         left = trials - len(finished)
         if left > 0:
@@ -256,7 +257,7 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # GP
         if name == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, sigma0=_LOG2_RANGE / 4)
+            return optuna.samplers.CmaEsSampler(seed=seed)
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP)
         if name == "random":

@@ -9,6 +9,7 @@ from sidt import Budget, allocate, importance, search
 from sidt.allocation import Rules
 from sidt.complexity import PlanCosts
 from sidt.study import Gain
+from sidt.surgery import slice_model
 
 BUDGET = Budget(params=0.7)
 
@@ -136,7 +137,88 @@ def test_gain_says_whether_it_is_more_than_noise(found, words):
     assert words in str(Gain(0.77, found, 0.03, 100))
 
 
+def test_a_hopeless_trial_is_stopped_after_its_first_parts():
+    """Noise-free parts: whatever is worse than the best so far is so in every part."""
+    seen = []
+
+    def in_parts(model):
+        width = model.blocks[1].mlp.fc1.out_features / 768
+        for part in range(16):
+            seen.append(part)
+            yield np.full(4, width + part)
+
+    result = run(in_parts, trials=15)
+    pruned = [t for t in result.study.trials if t.state == optuna.trial.TrialState.PRUNED]
+    assert result.pruned == len(pruned) > 0
+    assert all(2 <= len(t.intermediate_values) < 16 for t in pruned)
+    assert len(seen) == sum(len(t.intermediate_values) for t in result.study.trials) < 15 * 16
+    whole = [t for t in result.study.trials if t not in pruned]
+    assert result.value == max(t.values[0] for t in whole)
+    best = result.plan.sizes["hidden.1"] / 768
+    assert result.value == pytest.approx(best + 7.5)
+    assert all(t.intermediate_values[0] <= best for t in pruned)
+
+
+def test_parts_are_the_same_as_the_whole():
+    def in_parts(model):
+        return iter(hidden(1)(model).reshape(2, 2))
+
+    whole, parts = run(trials=2), run(in_parts, trials=2)
+    assert [t.values for t in whole.study.trials] == [t.values for t in parts.study.trials]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp", "random"])
+def test_every_sampler_starts_at_the_plain_ranking_and_stays_in_range(sampler):
+    result = run(trials=8, sampler=sampler)
+    assert set(result.study.trials[0].params.values()) == {0.0}
+    assert len(result.study.trials) == 8
+    assert all(abs(v) <= 2 for t in result.study.trials for v in t.params.values())
+    assert len({tuple(t.params.values()) for t in result.study.trials}) == 8
+
+
+def test_a_warm_start_comes_right_after_the_plain_ranking():
+    found = run(trials=12)
+    model, importance_ = scores()
+    warm = search(
+        model,
+        importance_,
+        Budget(params=0.6),
+        hidden(1),
+        trials=2,
+        warm=[found.multipliers, {"kind.none": 1.0, "kind.mlp": 9.0}],
+        progress=False,
+    )
+    first, second = warm.study.trials[:2]
+    assert set(first.params.values()) == {0.0}
+    assert second.params == pytest.approx(found.multipliers)
+    third = run(trials=2, warm=[{"kind.none": 1.0, "kind.mlp": 9.0}]).study.trials[1].params
+    assert "kind.none" not in third and third["kind.mlp"] == 2.0 and third["kind.qk"] == 0.0
+
+
+def test_the_slicer_makes_every_model():
+    made = []
+    model = scores()[0]
+
+    def slicer(plan):
+        made.append(plan)
+        return slice_model(model, plan)
+
+    result = run(trials=3, slicer=slicer, fresh=hidden(0))
+    assert len(made) == 3 + 2
+    assert [p.sizes for p in made[-2:]] == [result.plain.sizes, result.plan.sizes]
+
+
+def test_several_trials_at_a_time():
+    result = run(trials=6, jobs=2)
+    assert len(result.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))) >= 6
+    assert result.value >= result.plain_value
+
+
 def test_bad_input(refused, tmp_path):
+    with refused("sampler", "anneal", "tpe"):
+        run(sampler="anneal")
+    with refused("jobs", "0"):
+        run(jobs=0)
     with refused("trials", "0"):
         run(trials=0)
     with refused("storage", "nowhere"):
