@@ -324,7 +324,7 @@ def all_cells(
 @click.option("--images", default=1024, show_default=True, help="Calibration images of every method.")
 @click.option("--train-images", default=0, help="Also train on so many images, once.")
 @click.option("--epochs", default=0, help="Also train for so many epochs.")
-@click.option("--teacher", is_flag=True, help="These epochs again, taught by the unpruned model.")
+@click.option("--teacher", is_flag=True, help="All training again, taught by the unpruned model.")
 @click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
 @click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/classification_MODEL.")
@@ -374,10 +374,8 @@ def main(
         setting = replace(given, kind=cell.kind, share=cell.share, seed=cell.seed)
         return shrink(cell, setting, runs, name, args) if cell.step == "no training" else train(cell, setting, runs)
 
-    trainings: list[dict[str, Any]] = [{"images": train_images}] if train_images else []
-    trainings += [
-        {"epochs": epochs, "teacher": taught} for taught in ((False, True) if teacher else (False,)) if epochs
-    ]
+    lengths = [{name: length} for name, length in (("images", train_images), ("epochs", epochs)) if length]
+    trainings = [{**length, "teacher": taught} for length in lengths for taught in ((False, True)[: 1 + teacher])]
     targets = [(kind, float(share)) for kind in kinds.split(",") for share in budgets.split(",")]
     numbers = [int(seed) for seed in seeds.split(",")]
     cells = list(all_cells(rows.split(","), targets, numbers, trainings))

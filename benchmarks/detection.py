@@ -46,7 +46,7 @@ from sidt.surgery import slice_model
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
-CURVE = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1)  # shares of the backbone's multiply-adds for the curve without fine-tuning
+CURVE = (0.8, 0.6, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
 
 
 class Classifier(nn.Module):
@@ -98,7 +98,7 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
         "detection loss": criteria.taylor(detector, batches, detector_loss, space=space),
         "classification": criteria.taylor(classifier, digits, space=space),
     }
-    curves = all_curves(folder / "curves", detector, config, space, batches, digits, classifier, scores, seed)
+    curves = all_curves(folder / "curves", detector, config, space, batches, digits, classifier, scores)
     plans: dict[str, Any] = {"dense": None}
     for share in shares:
         for name, score in scores.items():
@@ -131,7 +131,6 @@ def all_curves(
     digits: Any,
     classifier: Classifier,
     scores: dict[str, Importance],
-    seed: int,
 ) -> dict[str, list[float]]:
     """Test AP without fine-tuning at every share of ``CURVE``, for every way to score; a file for each."""
 
@@ -150,8 +149,6 @@ def all_curves(
 
     loss = {"loss": detector_loss, "space": space}
     ways: dict[str, Callable[[], list[float]]] = {
-        "random": lambda: sliced(criteria.random(detector, seed=seed, space=space)),
-        "L1": lambda: sliced(criteria.magnitude(detector, p=1, space=space)),
         "L2": lambda: sliced(criteria.magnitude(detector, p=2, space=space)),
         "Taylor of each parameter, detection loss": lambda: sliced(
             criteria.taylor(detector, batches, level="parameter", **loss)
@@ -167,7 +164,7 @@ def all_curves(
         if not file.is_file():
             write_json(file, way())
         found[name] = read_json(file)
-        click.echo(f"seed {seed}, {name}: " + " ".join(f"{100 * ap:.1f}" for ap in found[name]))
+        click.echo(f"{name}: " + " ".join(f"{100 * ap:.1f}" for ap in found[name]))
     return found
 
 

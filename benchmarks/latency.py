@@ -163,11 +163,17 @@ def parts_table(found: dict[str, Any]) -> str:
     for label, row in found["rows"].items():
         parts = [row[group] for group in ("attention", "mlp", "rest")]
         texts = [f"{statistics.median(p['left']):.3f} / {p['macs_left']:.3f}" for p in parts]
-        lazy = [f"{sum(own.values())} of {len(own)} {g}s" for g, own in row["lazy"].items() if any(own.values())]
+        lazy = [f"{group} {_indices(own)}" for group, own in row["lazy"].items() if any(own.values())]
         share = statistics.median(row["rest"]["ms"]) / statistics.median(row["all"]["ms"])
         cells.append([label, *texts, f"{share:.0%}", ", ".join(lazy) or "-"])
     headers = ["plan", "attention: time / MACs left", "mlp", "rest", "rest, of the time", "do not pay"]
     return table(headers, cells, "md")
+
+
+def _indices(lazy: dict[str, bool]) -> str:
+    """Which blocks' layers do not pay, as ``block`` or ``stage.block``."""
+    named = [".".join(part for part in name.split(".") if part.isdigit()) for name, is_so in lazy.items() if is_so]
+    return "in every block" if len(named) == len(lazy) else ", ".join(named)
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -178,6 +184,12 @@ def verdict(found: dict[str, Any]) -> str:
     bound = statistics.median(rows[LATENCY]["left"])
     says = f"Not within {GOAL:.2f}: {', '.join(missed)}" if missed else f"Every plan is within {GOAL:.2f}"
     return f"{says}. The latency budget of {LEFT} was measured as {bound:.3f}."
+
+
+def section(title: str, found: dict[str, Any]) -> str:
+    """All that is said of one model at one batch size."""
+    tables = f"{whole_table(found)}\n\n{verdict(found)}\n\n{parts_table(found)}"
+    return f"## {title} (clock: {found['where']['clock']})\n\n{tables}"
 
 
 @click.command()
@@ -193,8 +205,7 @@ def main(models: str, batches: str, rounds: int, out: Path) -> None:
         for batch in map(int, batches.split(",")):
             found = measure(name, batch, rounds)
             data[f"{name}, batch {batch}"] = found
-            tables = f"{whole_table(found)}\n\n{verdict(found)}\n\n{parts_table(found)}"
-            text.append(f"## {name}, batch {batch} (clock: {found['where']['clock']})\n\n{tables}")
+            text.append(section(f"{name}, batch {batch}", found))
             click.echo(text[-1])
             write_results(out, "Latency beside multiply-adds", environment(), "\n\n".join(text), data)
 

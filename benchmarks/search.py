@@ -7,7 +7,7 @@ what they find is judged on fresh images that no trial has seen, and on the test
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +27,7 @@ from sidt.compensation import compensate
 from sidt.data import DataConfig, load_data
 from sidt.evaluation import correct, log_likelihood
 from sidt.moments import measure_moments
+from sidt.plan import DimensionPlan
 from sidt.report import table
 from sidt.space import space_for
 from sidt.study import Sampler, SearchResult, search
@@ -80,7 +81,10 @@ def main(data: Path, weights: Path, share: float, trials: int, images: int, seed
         return found, time.perf_counter() - begin
 
     rows, kept, tested = [], [], {}
-    top1: Callable[[Any], float] = lambda plan: float(correct(compensate(aligned, plan, moments), splits.test).mean())
+
+    def top1(plan: DimensionPlan) -> float:
+        return float(correct(compensate(aligned, plan, moments), splits.test).mean())
+
     for seed in map(int, seeds.split(",")):
         for sampler in get_args(Sampler):
             result, seconds = run(sampler, seed)
@@ -89,8 +93,15 @@ def main(data: Path, weights: Path, share: float, trials: int, images: int, seed
             accuracy = top1(result.plan)
             gain = f"{result.gain.difference:+.4f} +- {result.gain.error:.4f}"
             rows.append(
-                [sampler, str(seed), f"{result.value - result.plain_value:+.4f}", gain, f"{accuracy:.2%}"]
-                + [str(result.pruned), f"{seconds:.0f}"]
+                [
+                    sampler,
+                    str(seed),
+                    f"{result.value - result.plain_value:+.4f}",
+                    gain,
+                    f"{accuracy:.2%}",
+                    str(result.pruned),
+                    f"{seconds:.0f}",
+                ]
             )
             click.echo(rows[-1])
             values = [t.values[0] if t.values else None for t in result.study.trials]

@@ -26,7 +26,8 @@ class GateSettings(BaseModel):
 
     Attributes:
         lambdas: the penalty's weight, for all kinds or by kind.
-        speed: how many times as fast as weights gates move.
+        speed: how many times as fast as weights gates move; updates * mean lr * speed should be 1 to 2, so that a gate
+            can go from 1 to 0.
         placement: where the gates stand; see :func:`sidt.gates.gated`.
         train: values of the MMDetection config for this training, by dotted key; it is not validated.
     """
@@ -34,7 +35,7 @@ class GateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lambdas: NonNegativeFloat | dict[Kind, NonNegativeFloat] = 1e-3
-    speed: float = Field(default=250.0, gt=0)
+    speed: float = Field(default=1.0, gt=0)
     placement: Placement = "sidt"
     train: dict[str, Any] = Field(default_factory=lambda: {"train_cfg.max_epochs": 1})
 

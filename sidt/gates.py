@@ -349,9 +349,9 @@ class GateConfig(TrainConfig):
     """How gates are learned; the rest is as in :class:`sidt.training.TrainConfig`.
 
     What counts is how far gates can move: the sum over the updates of ``lr * speed``. The defaults let one that only
-    the penalty moves go from 1 to 0 in some 200 updates, here 2 epochs of 4,096 images, so that a tenth to a quarter
-    of the MLP units end at 0. With half of that way the scores of a CIFAR-100 ViT were no better than Taylor's, with
-    three times the lambda no better than with this one (benchmarks/results/gates.md).
+    the penalty moves go from 1 to 0 in some 200 updates, here 2 epochs of 4,096 images, so that a tenth of the MLP
+    units end at 0; with more images or epochs, lower the speed. What came of other values is in
+    benchmarks/results/gates.md.
 
     Attributes:
         lambdas: the penalty's weight, for all kinds or by kind; for a loss of another size, change it likewise.
