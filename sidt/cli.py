@@ -242,8 +242,8 @@ def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, 
             raise InputError("--latency is for backbones; `sidt detect evaluate` times detectors")
         click.echo(detection("complexity").complexity_text(source, plan, size, style))
         return
-    from sidt.pipeline import complexity_of, latency_of
     from sidt.report import complexity_text
+    from sidt.sources import complexity_of, latency_of
 
     if latency:
         click.echo(latency_of(source, plan, size, style))

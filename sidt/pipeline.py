@@ -30,7 +30,7 @@ from sidt.allocation import Rules
 from sidt.batches import make_loader
 from sidt.checkpoint import create_model, load, load_weights, save
 from sidt.compensation import compensate
-from sidt.complexity import ComplexityReport, Group, measure, report, time_forward
+from sidt.complexity import measure, report, time_forward
 from sidt.config import RunConfig, dump_config, read_config
 from sidt.data import Splits, load_data
 from sidt.devices import resolve_device
@@ -46,8 +46,7 @@ from sidt.space import DimensionSpace, space_for
 from sidt.study import Gain
 from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
-from sidt.timing import compare_layers, latencies_for, whereabouts
-from sidt.trace import InputSize
+from sidt.timing import latencies_for
 from sidt.training import Loss, TrainConfig, fit
 
 # What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
@@ -435,53 +434,3 @@ def _results_table(rows: dict[str, Any], style: reporting.Format = "table") -> s
 
 def _percent(part: float) -> str:
     return f"{part:.2%}"
-
-
-# --- complexity of anything that names a model --------------------------------------------------------------------
-
-
-def complexity_of(
-    source: str, plan: Path | None, input_size: InputSize | None, by: Group
-) -> tuple[ComplexityReport, ComplexityReport | None]:
-    """The complexity of a timm model, a run folder, a checkpoint folder or a config, dense and sliced by a plan.
-
-    Raises:
-        InputError: the source names no model, or the plan is for another one.
-    """
-    model, plan = _named(source, plan)
-    space = space_for(model, input_size)
-    dense = report(space, by=by)
-    return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)
-
-
-def latency_of(source: str, plan: Path | None, input_size: InputSize | None, style: reporting.Format) -> str:
-    """What a plan does to the time of each layer here, as a table; sources are those of :func:`complexity_of`.
-
-    Raises:
-        InputError: the source names no model, there is no plan, or it is for another model.
-    """
-    model, plan = _named(source, plan)
-    if plan is None:
-        raise InputError(f"the latency of {source} is compared with that of its plan; give one with --plan")
-    space = space_for(model, input_size)
-    rows = compare_layers(model, load_plan(plan, space))
-    return reporting.latency_text(rows, whereabouts(model, space, 1), style)
-
-
-def _named(source: str, plan: Path | None) -> tuple[nn.Module, Path | None]:
-    """The model that a source names, and its plan if it has one and none is given."""
-    path = Path(source)
-    if (path / "config.yaml").is_file():
-        config = read_config(path / "config.yaml").model
-        model = create_model(config.name, config.args)
-        plan = plan or (path / PLAN if (path / PLAN).is_file() else None)
-    elif (path / "config.json").is_file():
-        model = load(path)
-    elif path.is_file():
-        config = read_config(path).model
-        model = create_model(config.name, config.args)
-    elif path.exists():
-        raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
-    else:
-        model = create_model(source, {})
-    return model, plan
