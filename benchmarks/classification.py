@@ -46,8 +46,8 @@ from sidt.training import TrainConfig, fit
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})
 RECIPE = {"batch_size": 128, "lr": 5e-4, "warmup_epochs": 0.1, "smoothing": 0.1, "precision": "bf16"}
-GATES = {"epochs": 1, "batch_size": 128, "lr": 5e-4, "warmup_epochs": 0.1, "precision": "bf16"}
-GATE_IMAGES = 10_000
+GATES = {"precision": "bf16"}  # the rest as GateConfig has it
+GATE_IMAGES = 4096
 
 # --- rows: what there is to compare -----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 
 from sidt.allocation import Rules
-from sidt.compensation import compensate
+from sidt.compensation import compensate, refit_width
 from sidt.config import parse
 from sidt.detection.annotations import check_annotations, write_subsets
 from sidt.detection.checkpoints import (
@@ -42,6 +42,7 @@ from sidt.detection.configs import (
 )
 from sidt.detection.detector import detector_space, parts, predict, run_backbone, time_detector, whole
 from sidt.detection.evaluation import results_table, test
+from sidt.detection.loss import detector_loss, read_batches
 from sidt.detection.objective import Say, aligned_detector, measured_scores, named, objective, says, shown
 from sidt.detection.pictures import draw_side_by_side
 from sidt.detection.settings import Settings, TeacherSettings
@@ -224,6 +225,9 @@ def search(run: DetectionRun, say: Say) -> str:
         },
     )
     sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
+    if settings.repair:
+        batches = read_batches(config, settings.score_images, batch_size=1, seed=settings.seed)
+        sliced = refit_width(detector, sliced, result.plan, batches, forward=detector_loss)
     save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
     left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"

@@ -73,7 +73,7 @@ def refit_width(
     *,
     forward: Forward = run_images,
 ) -> Model:
-    """A copy of a sliced model whose layers that lost width are refitted, one after the other in the order they run.
+    """Refit the layers that lost width, one after the other in the order they run.
 
     Norms have other statistics over fewer units, so what such a layer reads is not a part of what it read before: both
     models run on the images, and each layer is fitted to what the dense one writes, given what the sliced one reads by
@@ -88,13 +88,18 @@ def refit_width(
 
     Raises:
         InputError: there is no batch.
+
+    Returns:
+        A copy of the sliced model; the sliced model itself if it lost no width.
     """
-    space, images = plan.space, list(batches)
+    space, images, lost = plan.space, list(batches), _lost_width(plan)
     if not images:
         raise InputError("the repair of the width got no batch; give at least one image")
+    if not lost:
+        return sliced
     dense, result, twin = explicit(model, space), copy.deepcopy(sliced), explicit(sliced, space)
     with torch.no_grad():
-        for rows in _order(dense, _lost_width(plan), images[0], forward):
+        for rows in _order(dense, lost, images[0], forward):
             _refit_one(dense, twin, rows, plan, images, forward)
     result.load_state_dict(twin.state_dict())
     return result

@@ -29,7 +29,7 @@ from sidt.alignment import align
 from sidt.allocation import Rules
 from sidt.batches import make_loader
 from sidt.checkpoint import create_model, load, load_weights, save
-from sidt.compensation import compensate
+from sidt.compensation import compensate, refit_width
 from sidt.complexity import measure, report, time_forward
 from sidt.config import RunConfig, dump_config, read_config
 from sidt.data import Splits, load_data
@@ -52,6 +52,7 @@ from sidt.training import Loss, TrainConfig, fit
 # What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
 PLAN, SEARCH, LATENCY = "search/plan.json", "search/search.json", "latency"
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
+_WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 
@@ -249,7 +250,12 @@ def search(run: Run, say: Callable[[str], None]) -> str:
 def slice_(run: Run) -> str:
     """Slice the dense model by the plan, and repair what lost inputs."""
     model = _base(run)
-    small = _slicer(run, model)(_plan(run, space_for(model))).cpu()
+    plan = _plan(run, space_for(model))
+    small = _slicer(run, model)(plan)
+    if run.config.repair:
+        images = _sample(load_data(run.config.data).calibration, _WIDTH_IMAGES)
+        small = refit_width(model, small, plan, make_loader(images, 64))
+    small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"

@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from backbones import BACKBONES, MMDET_PVT, PVT, SWIN, SWIN_V2, VIT_TINY, Backbone, dense, random_plan
+from backbones import BACKBONES, MMDET_PVT, MMDET_SWIN, PVT, SWIN, SWIN_V2, VIT_TINY, Backbone, dense, random_plan
 from torch.testing import assert_close
 
 from sidt.alignment import align
 from sidt.axes import kept_indices
-from sidt.compensation import compensate, readers, refit
+from sidt.compensation import compensate, readers, refit, refit_width
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS
 from sidt.moments import Moments, measure_moments
@@ -159,6 +159,32 @@ def test_aligned_and_repaired_is_nearer_to_the_dense_model_than_sliced(backbone)
     assert gap(compensate(aligned, plan, moments)) < 0.8 * gap(slice_model(model, plan))
 
 
+@pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, PVT, MMDET_PVT, MMDET_SWIN], ids=str)
+def test_layers_that_lost_width_are_refitted_to_what_the_dense_model_writes(backbone):
+    model, space = dense(backbone)
+    width = {d.name: np.arange(d.size * 3 // 4) for d in space.dimensions.values() if d.kind == "width"}
+    plan, batches = DimensionPlan(space, width), [(backbone.images(8), NO_LABELS)]
+    sliced = slice_model(model, plan)
+    before = {n: t.clone() for n, t in sliced.state_dict().items()}
+    refitted = refit_width(model, sliced, plan, batches)
+    assert all(torch.equal(t, before[n]) for n, t in sliced.state_dict().items())
+    changed = {n for n, t in refitted.state_dict().items() if not torch.equal(t, before[n])}
+    assert all("norm" not in n and "patch_embed" not in n for n in changed) and len(changed) > 6
+    expected = outputs(model, batches[0][0])
+
+    def gap(small):
+        found = outputs(small, batches[0][0])
+        kept = [
+            e if f.shape == e.shape else e[:, width[f"embed.{i}"]]
+            for i, (f, e) in enumerate(zip(found, expected, strict=True))
+        ]
+        return sum(float((f - e).square().mean() / e.square().mean()) for f, e in zip(found, kept, strict=True))
+
+    assert gap(refitted) < 0.8 * gap(sliced)
+    whole = DimensionPlan(space, {})
+    assert refit_width(model, model, whole, batches) is model
+
+
 def test_what_cannot_be_aligned_stays():
     """Cosine attention has no basis to choose for q and k; v has."""
     model, _, aligned, _ = measured(SWIN_V2)
@@ -193,6 +219,8 @@ def test_mistakes():
     model, moments, *_ = measured(VIT_TINY)
     with pytest.raises(InputError, match="no batch"):
         measure_moments(model, [])
+    with pytest.raises(InputError, match="no batch"):
+        refit_width(model, model, DimensionPlan(moments.space, {}), [])
     empty = Moments(moments.space, {})
     with pytest.raises(InputError, match=r"no calibration image went through blocks\.0"):
         compensate(model, random_plan(moments.space, 0, INNER_KINDS), empty)
