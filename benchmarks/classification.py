@@ -63,7 +63,11 @@ def ranked(setting: Setting, name: str, score: Callable[[Setting], Importance]) 
 
 
 def learned(setting: Setting, name: str, placement: Placement) -> Method:
-    """Gates learned with the weights on training images; the weights, gates folded in, are what is sliced."""
+    """Gates learned with the weights on training images.
+
+    The rivals' gates are folded into the weights that were trained with them; SiDT's are scores of the given weights,
+    which the gates benchmark found to be better.
+    """
 
     def learn() -> dict[str, Tensor]:
         images = sample(setting.data.train, GATE_IMAGES, setting.seed)
@@ -76,10 +80,11 @@ def learned(setting: Setting, name: str, placement: Placement) -> Method:
     scores, state = (
         {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in ("scores.", "model.")
     )
-    trained = copy.deepcopy(setting.dense)
-    fit_weights(trained, state, name)
+    model = copy.deepcopy(setting.dense)
+    if placement != "sidt":
+        fit_weights(model, state, name)
     plan = allocate(Importance(setting.space, {n: s.numpy() for n, s in scores.items()}), setting.budget)
-    return slice_model(trained, plan), {"earlier_seconds": earlier}
+    return slice_model(model, plan), {"earlier_seconds": earlier}
 
 
 def _random(s: Setting) -> Importance:

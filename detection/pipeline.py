@@ -412,6 +412,8 @@ def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: Dimen
     weights = weights_digest(run.folder / "dense" / WEIGHTS)
     made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
     made_of["repair"] = settings.repair
+    if settings.score == "gates":
+        made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.kinds)}
     if path.is_file() and note.is_file() and read_json(note) == made_of:
         return load_importance(path, space)
     scores = measured_scores(detector, config, settings, space, say)

@@ -362,6 +362,7 @@ def _dense(run: Run) -> nn.Module:
 
 
 def _base(run: Run) -> nn.Module:
+    _existing(run, "dense/config.json", "train")
     return load(_existing(run, "base/config.json", "score").parent)
 
 

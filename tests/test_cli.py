@@ -281,18 +281,18 @@ def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
     from sidt import pipeline
 
     calls = []
-    real = pipeline.correct
+    real, parts = pipeline.log_likelihood, 8
 
     def stops(*arguments, **options):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2 * parts + 1:  # the dense model, the first trial, and now the second
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "correct", stops)
+    monkeypatch.setattr(pipeline, "log_likelihood", stops)
     code, _, err = sidt_command("search", finished, "--budget.params", "0.7", "--trials", 5)
     assert code == 130 and "same command goes on" in err
-    monkeypatch.setattr(pipeline, "correct", real)
+    monkeypatch.setattr(pipeline, "log_likelihood", real)
     code, out, _ = sidt_command("search", finished, "--budget.params", "0.7", "--trials", 5)
     assert code == 0 and "after 5 trials" in out
     # What was made from the plan before is whole, and is not taken for the result of this one.
