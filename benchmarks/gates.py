@@ -19,9 +19,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from cells import sample
 from results import environment, write_results
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
 from sidt import importance
 from sidt.allocation import allocate
@@ -152,29 +152,24 @@ def costs_table(found: dict[str, dict[str, Any]]) -> str:
     return table(headers, rows, "md")
 
 
-def sample(data: Dataset[Any], count: int) -> Subset[Any]:
-    order = np.random.default_rng(0).permutation(len(data))  # type: ignore[arg-type]
-    return Subset(data, order[:count].tolist())
-
-
 def ranking(root: Path, checkpoint: Path, images: int) -> dict[str, Any]:
     """Accuracy of slices without fine-tuning, by Taylor and by gates, cut from the given or the folded model."""
     model = timm.create_model("deit_tiny_patch16_224", **VIT)
     load_weights(model, checkpoint)
     space, data = space_for(model.eval()), load_data(DataConfig(name="cifar100", root=root, download=False))
-    held_out, chosen = sample(data.holdout, HELD_OUT), GateConfig(precision="bf16")
+    held_out, chosen = sample(data.holdout, HELD_OUT, 0), GateConfig(precision="bf16")
 
     def hits(whole: nn.Module, scores: Importance) -> list[list[bool]]:
         cut = [slice_model(whole, allocate(scores, Budget(params=budget))) for budget in BUDGETS]
         return [correct(each, held_out, device="cpu").tolist() for each in (whole, *cut)]
 
     begin = time.perf_counter()
-    taylor = importance.taylor(model, make_loader(sample(data.calibration, TAYLOR_IMAGES), 64), space=space)
+    taylor = importance.taylor(model, make_loader(sample(data.calibration, TAYLOR_IMAGES, 0), 64), space=space)
     seconds, found = {"Taylor": time.perf_counter() - begin}, {"Taylor": hits(model, taylor)}
     quantiles = {}
     for name, changes in SETTINGS.items():
         begin = time.perf_counter()
-        learned = learn_gates(model, sample(data.train, images), chosen.model_copy(update=changes), space=space)
+        learned = learn_gates(model, sample(data.train, images, 0), chosen.model_copy(update=changes), space=space)
         seconds[name] = time.perf_counter() - begin
         found[f"{name}; given weights"] = hits(model, learned.importance)
         found[f"{name}; folded weights"] = hits(learned.model, learned.importance)

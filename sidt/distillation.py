@@ -1,7 +1,6 @@
 """Retraining with the dense model as teacher: a loss that adds what the teacher says to what the labels say."""
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,7 @@ from sidt.errors import InputError
 from sidt.evaluation import heads_of
 from sidt.plan import DimensionPlan
 from sidt.space import DimensionSpace, space_for
-from sidt.training import Loss
+from sidt.training import Loss, weights_digest
 
 _EPS = 1e-6
 
@@ -101,7 +100,7 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
 
     settings = ", ".join(f"{name}={value}" for name, value in [*config, ("smoothing", smoothing)])
     # A resumed run must have the same.
-    loss.__qualname__ = f"distillation_loss({settings}) from teacher {_digest(teacher)}"
+    loss.__qualname__ = f"distillation_loss({settings}) from teacher {weights_digest(teacher)[:8]}"
     return loss
 
 
@@ -188,10 +187,3 @@ def _apart(block: str, mine: Any, theirs: Any, kept: Tensor) -> Tensor:
         )
     theirs = theirs if len(kept) == theirs.shape[-1] else theirs.index_select(-1, kept.to(theirs.device))
     return dissimilarity(mine, theirs, tuple(range(mine.ndim - 1)))
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:8]

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,11 +24,10 @@ from torch.utils.data import Dataset
 
 from sidt.axes import Axis, axis_size, names, views
 from sidt.errors import InputError
-from sidt.evaluation import heads_of
 from sidt.families import INNER_KINDS, KINDS, Kind
 from sidt.importance import Importance, unit_sums
 from sidt.space import Dimension, DimensionSpace, Place, space_for
-from sidt.training import Loss, TrainConfig, fit
+from sidt.training import Loss, TrainConfig, fit, label_loss
 
 Placement = Literal["sidt", "vtp", "vit-slim"]
 
@@ -421,7 +420,7 @@ def learn_gates(
     config = config or GateConfig()
     trained = copy.deepcopy(model)
     gates = gated(trained, space, placement=config.placement, kinds=config.kinds, speed=config.speed)
-    own = loss or partial(_cross_entropy, smoothing=0.0 if config.mixup or config.cutmix else config.smoothing)
+    own = loss or label_loss(0.0 if config.mixup or config.cutmix else config.smoothing)
 
     def penalised(wrapped: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return own(wrapped, images, targets) + gates.penalty(config.lambdas)
@@ -434,8 +433,3 @@ def learn_gates(
     values = {name: value.detach().cpu().numpy() for name, value in gates.values().items()}
     gates.remove(fold=True)
     return LearnedGates(importance, values, trained, history)
-
-
-def _cross_entropy(model: nn.Module, images: Tensor, targets: Tensor, *, smoothing: float) -> Tensor:
-    each = [F.cross_entropy(h.float(), targets, label_smoothing=smoothing) for h in heads_of(model(images))]
-    return torch.stack(each).mean()

@@ -47,7 +47,7 @@ from sidt.study import Gain
 from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
 from sidt.timing import latencies_for
-from sidt.training import Loss, TrainConfig, fit
+from sidt.training import Loss, TrainConfig, fit, weights_digest
 
 # What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
 PLAN, SEARCH, LATENCY = "search/plan.json", "search/search.json", "latency"
@@ -413,8 +413,7 @@ def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: st
     digest = hashlib.sha256((config.model_dump_json() + run.config.data.model_dump_json()).encode())
     if loss is not None:
         digest.update(loss.__qualname__.encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(weights_digest(model).encode())
     states = run.folder / "states"
     own = states / f"{step}-{digest.hexdigest()[:12]}"
     for old in states.glob(f"{step}-*"):

@@ -114,7 +114,9 @@ class DivergedError(InputError):
     """The loss or the weights became infinite or NaN. The last finished epoch is still in the folder."""
 
 
-def _cross_entropy(smoothing: float) -> Loss:
+def label_loss(smoothing: float) -> Loss:
+    """The mean cross-entropy of all heads with the labels, or with mixup's soft targets."""
+
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         heads = heads_of(model(images))
         each = [functional.cross_entropy(head.float(), targets, label_smoothing=smoothing) for head in heads]
@@ -248,7 +250,7 @@ class _Run:
             self.mix = Mixup(  # type: ignore[no-untyped-call]
                 config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes
             )
-        self.loss = loss or _cross_entropy(0.0 if self.mix else config.smoothing)
+        self.loss = loss or label_loss(0.0 if self.mix else config.smoothing)
 
     def all_epochs(self, val: Dataset[Any] | None, label: str) -> list[dict[str, float]]:
         config, main = self.config, self.accelerator.is_main_process
@@ -378,19 +380,26 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
+def weights_digest(model: nn.Module) -> str:
+    """What tells the values of a model's tensors from others."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _identity(
     model: nn.Module, train: Dataset[Any], samples: int, config: TrainConfig, loss: Loss | None
 ) -> dict[str, Any]:
     """What a run is determined by, flat and JSON-able: a resumed run must have the same."""
-    weights, shapes = hashlib.sha256(), hashlib.sha256()
+    shapes = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         shapes.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     images = hashlib.sha256(np.asarray(getattr(train, "indices", ())).tobytes())
     return {
         **config.model_dump(mode="json", exclude=_FREE),
         "model": f"{type(model).__name__} {shapes.hexdigest()[:8]}",
         "training data": f"{samples} samples {images.hexdigest()[:8]}",
         "loss": getattr(loss, "__qualname__", type(loss).__name__) if loss else "cross entropy",
-        "starting weights": weights.hexdigest()[:8],
+        "starting weights": weights_digest(model)[:8],
     }

@@ -119,10 +119,11 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
 
 
 def test_run_and_pareto(config, tmp_path, sidt_command):
-    code, out, err = sidt_command(
-        "run", config, "--out", tmp_path / "r", "--set", "search.pareto=true", "--set", "finetune.epochs=0"
-    )
+    changes = ("search.pareto=true", "search.objective=top1", "repair=false", "finetune.epochs=0")
+    code, out, err = sidt_command("run", config, "--out", tmp_path / "r", *(f"--set={change}" for change in changes))
     assert code == 0, err
+    dense, base = (sidt.load(tmp_path / "r" / name).state_dict() for name in ("dense", "base"))
+    assert all(torch.equal(dense[name], tensor) for name, tensor in base.items())  # nothing was aligned
     assert (tmp_path / "r" / "search" / "pareto-0.json").is_file()
     assert "report ->" in out
 
