@@ -137,14 +137,19 @@ class Cell:
     seed: int
     images: int = 0
     epochs: int = 0
+    lr: float = 0.0
     teacher: bool = False
 
     @property
     def step(self) -> str:
         if not self.images and not self.epochs:
             return "no training"
-        length = f"{self.images:,} images" if self.images else f"{self.epochs} epochs"
-        return length + (", teacher" if self.teacher else "")
+        length = f"{self.images:,} images" if self.images else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        return f"{length}, lr {self.lr:g}" + (", teacher" if self.teacher else "")
+
+    @property
+    def untrained(self) -> "Cell":
+        return replace(self, images=0, epochs=0, lr=0.0, teacher=False)
 
     def folder(self, runs: Path) -> Path:
         """Of the model before training, which the trainings of all seeds share where the row is deterministic."""
@@ -153,7 +158,7 @@ class Cell:
         return runs / row / f"{self.kind}-{self.share:g}" / f"seed-{seed}"
 
     def file(self, runs: Path) -> Path:
-        if self.step == "no training":
+        if self == self.untrained:
             return self.folder(runs) / "sliced.json"
         name = self.step.replace(",", "").replace(" ", "-")
         return self.folder(runs) / f"{name}-seed-{self.seed}.json"
@@ -165,8 +170,8 @@ def work(cells: Sequence[Cell], runs: Path, make: Callable[[Cell], dict[str, Any
     while again:  # what another process has finished meanwhile may be what a training waited for
         again = False
         for cell in cells:
-            file, untrained = cell.file(runs), replace(cell, images=0, epochs=0, teacher=False)
-            if file.exists() or (cell != untrained and not untrained.file(runs).exists()):
+            file = cell.file(runs)
+            if file.exists() or (cell != cell.untrained and not cell.untrained.file(runs).exists()):
                 continue
             with claim(file) as mine:
                 if not mine:

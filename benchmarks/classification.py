@@ -45,7 +45,7 @@ from sidt.training import TrainConfig, fit
 
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})
-RECIPE = {"batch_size": 128, "lr": 5e-4, "warmup_epochs": 0.1, "smoothing": 0.1, "precision": "bf16"}
+RECIPE = {"batch_size": 128, "warmup_epochs": 0.1, "smoothing": 0.1, "precision": "bf16"}
 GATES = {"precision": "bf16"}  # the rest as GateConfig has it
 GATE_IMAGES = 4096
 
@@ -168,13 +168,13 @@ def model_of(cell: Cell, setting: Setting, runs: Path) -> nn.Module:
 
 def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
     """The cell of a training: for one seed, all rows see the same images in the same order."""
-    before = read_json(replace(cell, images=0, epochs=0, teacher=False).file(runs))
+    before = read_json(cell.untrained.file(runs))
     if "failed" in before:
         return before
     model, begin = model_of(cell, setting, runs), time.perf_counter()
     data = setting.data.train
     images = sample(data, cell.images, cell.seed) if cell.images else data
-    config = TrainConfig(epochs=cell.epochs or 1, seed=cell.seed, **RECIPE)
+    config = TrainConfig(epochs=cell.epochs or 1, lr=cell.lr, seed=cell.seed, **RECIPE)
     states = cell.file(runs).with_suffix("") if cell.epochs else None  # a longer training goes on after every epoch
     loss = distillation_loss(setting.dense, model, smoothing=0.1, features=0) if cell.teacher else None  # rivals too
     fit(model, images, config, folder=states, loss=loss, label=f"{cell.row}, {cell.kind} {cell.share:g}, {cell.step}")
@@ -262,11 +262,12 @@ def _percent(top1: dict[str, Any] | None) -> str:
 
 
 def draw(results: Path, picture: Path) -> None:
-    """Top-1 against the parameters that are left, one line a row and one panel a step, from the results' JSON."""
+    """Top-1 against the parameters left, one line a row, without and with training, from the results' JSON."""
     rows = read_json(results)["results"]["rows"]
     dense = next(row for row in rows if row["row"] == "dense")
     names = list(dict.fromkeys(row["row"] for row in rows if row["kind"] == "params" and row is not dense))
-    wanted = [step for step in dense["top1"] if "epochs" not in step]
+    untrained, *trained = (step for step in dense["top1"] if "teacher" not in step)
+    wanted = [untrained, *trained[-1:]]  # the longest training comes last
     figure = Figure(figsize=(0.8 + 4.6 * len(wanted), 4.4), layout="constrained")
     for axes, step in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
         for number, name in enumerate(names):
@@ -329,6 +330,7 @@ def all_cells(
 @click.option("--images", default=1024, show_default=True, help="Calibration images of every method.")
 @click.option("--train-images", default=0, help="Also train on so many images, once.")
 @click.option("--epochs", default=0, help="Also train for so many epochs.")
+@click.option("--lr", default="1e-4", show_default=True, help="Learning rates; all training is done with each.")
 @click.option("--teacher", is_flag=True, help="All training again, taught by the unpruned model.")
 @click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
 @click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
@@ -345,6 +347,7 @@ def main(
     images: int,
     train_images: int,
     epochs: int,
+    lr: str,
     teacher: bool,
     latency: bool,
     runs: Path,
@@ -380,7 +383,8 @@ def main(
         return shrink(cell, setting, runs, name, args) if cell.step == "no training" else train(cell, setting, runs)
 
     lengths = [{name: length} for name, length in (("images", train_images), ("epochs", epochs)) if length]
-    trainings = [{**length, "teacher": taught} for length in lengths for taught in ((False, True)[: 1 + teacher])]
+    rates, taught = [float(rate) for rate in lr.split(",")], (False, True)[: 1 + teacher]
+    trainings = [{**length, "lr": rate, "teacher": t} for length in lengths for rate in rates for t in taught]
     targets = [(kind, float(share)) for kind in kinds.split(",") for share in budgets.split(",")]
     numbers = [int(seed) for seed in seeds.split(",")]
     cells = list(all_cells(rows.split(","), targets, numbers, trainings))
@@ -403,7 +407,7 @@ def main(
         "machine. ms: one forward of 1 and of 32 images on this CPU, the median over rounds of all models in turn."
     )
     where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
-        f" --train-images {train_images} --epochs {epochs}" + (" --teacher" if teacher else "")
+        f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else "")
     )
     write_results(out, f"CIFAR-100, {name}", where, f"{notes}\n\n{text}", {"rows": found})
     draw(out.with_suffix(".json"), picture)
