@@ -26,7 +26,9 @@ from sidt.batches import rechunk
 from sidt.errors import InputError
 from sidt.evaluation import heads_of
 from sidt.files import replacing
+from sidt.moments import argument, rows_of
 from sidt.space import DimensionSpace, space_for
+from sidt.surgery import explicit
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -215,64 +217,66 @@ def activation(
         space: the model's space, if it is at hand.
 
     Raises:
-        InputError: there is no batch, or the model has torch's MultiheadAttention, which hides its layers.
+        InputError: there is no batch.
     """
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        raise InputError(
-            f"activation importance cannot see into the nn.MultiheadAttention of this {type(model).__name__}; "
-            f"use taylor or fisher"
-        )
     space = space or space_for(model)
-    weights = _weights(model, space)
-    mode = _Energies({id(w): n for n, w in weights.items()})
+    twin = explicit(model, space)
+    mode = _Energies(_weights(twin, space))
     device = next(model.parameters()).device
-    with torch.no_grad(), _eval(model), mode:
+    seen = 0
+    with torch.no_grad(), mode:
         for images, _ in batches:
-            model(images.to(device))
-            mode.images += len(images)
-    if not mode.images:
+            twin(images.to(device))
+            seen += len(images)
+    if not seen:
         raise InputError("activation importance got no batch; give at least one image")
-    read = {n: weights[n].detach().square() * _along(mode.read[n], weights[n].ndim, 1) for n in mode.read}
-    written = {n: _along(mode.written[n], weights[n].ndim, 0).expand_as(weights[n]) for n in mode.written}
-    entries = {n: w.shape[1:].numel() for n, w in weights.items()}
-    from_readers = unit_sums(space, read, dim=1)
-    from_writers = unit_sums(space, {n: w / entries[n] for n, w in written.items()}, dim=0)
+    weights = mode.weights
+    read = {n: weights[n].square() * _spread(energy, weights[n].ndim) for n, energy in mode.read.items()}
+    written = {n: _spread(energy, weights[n].ndim) for n, energy in mode.written.items()}
+    from_readers, from_writers = unit_sums(space, read, dim=1), unit_sums(space, written, dim=0)
     scores = {n: s if s.any() else from_writers[n] for n, s in from_readers.items()}
-    return _importance(space, {n: s / mode.images for n, s in scores.items()})
-
-
-def _along(values: Tensor, ndim: int, dim: int) -> Tensor:
-    return values.view([-1 if d == dim else 1 for d in range(ndim)])
+    return _importance(space, {n: s / seen for n, s in scores.items()})
 
 
 class _Energies(TorchFunctionMode):
-    """Sums the squares of what every layer reads and writes, by channel."""
+    """Sums the squares of what every row of every weight reads, [rows, in], and writes, [rows]."""
 
-    def __init__(self, weights: Mapping[int, str]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.names = {id(weight): name for name, weight in weights.items()}
         self.read: dict[str, Tensor] = {}
         self.written: dict[str, Tensor] = {}
-        self.images = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in (F.linear, F.conv2d):
-            weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
-            read: Tensor = kwargs["input"] if "input" in kwargs else args[0]
-            name = self.weights.get(id(weight))
-            if name is not None:
-                self._add(self.written, name, out, func is F.conv2d)
-                if weight.shape[1] == read.shape[1 if func is F.conv2d else -1]:  # not depthwise
-                    self._add(self.read, name, read, func is F.conv2d)
+            read, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+            if (rows := rows_of(weight, self.names)) is not None:
+                (name, start), end, convolution = rows, rows[1] + len(weight), func is F.conv2d
+                whole = self.weights[name]
+                self._add(self.written, name, whole.shape[:1], start, end, _energy(out, convolution))
+                if weight.shape[1] == read.shape[1 if convolution else -1]:  # not depthwise
+                    self._add(self.read, name, whole.shape[:2], start, end, _energy(read, convolution))
         return out
 
     @staticmethod
-    def _add(totals: dict[str, Tensor], name: str, values: Tensor, channels_first: bool) -> None:
-        values = values.movedim(1, -1) if channels_first else values
-        energy = values.double().square().flatten(0, -2).sum(0)
-        totals[name] = totals[name] + energy if name in totals else energy
+    def _add(totals: dict[str, Tensor], name: str, shape: torch.Size, start: int, end: int, energy: Tensor) -> None:
+        if name not in totals:
+            totals[name] = energy.new_zeros(shape)
+        totals[name][start:end] += energy
+
+
+def _energy(values: Tensor, convolution: bool) -> Tensor:
+    """The sum of squares of every channel."""
+    values = values.movedim(1, -1) if convolution else values
+    return values.double().square().flatten(0, -2).sum(0)
+
+
+def _spread(energy: Tensor, ndim: int) -> Tensor:
+    """With axes of one entry at the end, to have ``ndim``."""
+    return energy.view(*energy.shape, *[1] * (ndim - energy.ndim))
 
 
 @contextmanager

@@ -127,22 +127,28 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (F.linear, F.conv2d):
-            x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-            whole = weight if id(weight) in self.names or weight._base is None else weight._base
-            name = self.names.get(id(whole))
-            if name is not None and weight.numel():
-                row = weight.storage_offset() // max(whole.stride(0), 1)
-                groups = _argument(args, kwargs, 6, "groups", 1) if func is F.conv2d else 1
+            x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+            rows = rows_of(weight, self.names)
+            if rows is not None and weight.numel():
+                groups = argument(args, kwargs, 6, "groups", 1) if func is F.conv2d else 1
                 if groups == 1:
                     columns = x if func is F.linear else _patches(x, weight, args, kwargs)
-                    self.see((name, row), columns.detach().flatten(0, -2), weight)
+                    self.see(rows, columns.detach().flatten(0, -2), weight)
         return func(*args, **kwargs)
+
+
+def rows_of(weight: Tensor, names: Mapping[int, str]) -> Rows | None:
+    """Which of the named weights (by ``id``) this one is, or is rows of, and its first row there."""
+    whole = weight if id(weight) in names or weight._base is None else weight._base
+    name = names.get(id(whole))
+    return None if name is None else (name, weight.storage_offset() // max(whole.stride(0), 1))
 
 
 _MISSING = object()
 
 
-def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any = _MISSING) -> Any:
+def argument(args: Any, kwargs: Any, position: int, name: str, default: Any = _MISSING) -> Any:
+    """An argument of a call, given by position or by name."""
     if name in kwargs:
         return kwargs[name]
     return args[position] if position < len(args) or default is _MISSING else default
@@ -151,7 +157,7 @@ def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any = _
 def _patches(x: Tensor, weight: Tensor, args: Any, kwargs: Any) -> Tensor:
     """What a convolution multiplies its flattened kernels with: [B, positions, columns]."""
     stride, padding, dilation = (
-        _argument(args, kwargs, position, name, default)
+        argument(args, kwargs, position, name, default)
         for position, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     )
     unfolded = F.unfold(x, weight.shape[2:], dilation=dilation, padding=padding, stride=stride)
