@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from click.testing import CliRunner
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from safetensors.torch import load_file
+from small_detector import small_config, small_digits
 from torch.testing import assert_close
 
 from sidt.cli import cli
@@ -19,23 +19,14 @@ from sidt.detection import pipeline
 from sidt.detection.checkpoints import load_detector, save_detector
 from sidt.detection.configs import build_detector, move_data, read_config
 from sidt.detection.detector import detector_space
-from sidt.detection.digits import write_digits
 from sidt.detection.distillation import TeacherHook
 from sidt.detection.loss import read_batches
 from sidt.surgery import slice_model
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
-SMALL = """
-_base_ = "{base}"
-model = dict(
-    backbone=dict(embed_dims=16, depths=(1, 2, 1), num_heads=(2, 2, 4), window_size=4),
-    neck=dict(in_channels=[32, 64], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, norm_cfg=dict(num_groups=4)),
-)
-train_cfg = dict(max_epochs=1, val_interval=10)
+REST = """
 param_scheduler = []
 default_hooks = dict(logger=dict(interval=1))
-sidt = dict(holdout=4, finetune={{"_delete_": True, "optim_wrapper.optimizer.lr": 1e-4}})
+sidt = dict(holdout=4, finetune={"_delete_": True, "optim_wrapper.optimizer.lr": 1e-4})
 """
 
 
@@ -43,9 +34,8 @@ sidt = dict(holdout=4, finetune={{"_delete_": True, "optim_wrapper.optimizer.lr"
 def run(tmp_path_factory):
     """A run folder whose detector is sliced, in width too, and not fine-tuned yet."""
     folder = tmp_path_factory.mktemp("run")
-    write_digits(folder / "digits", train=24, val=6, size=64)
-    (folder / "small.py").write_text(SMALL.format(base=CONFIGS / "digits_swin.py"))
-    config = read_config(folder / "small.py")
+    small_digits(folder)
+    config = read_config(small_config(folder, REST))
     move_data(config, folder / "digits")
     torch.manual_seed(0)
     detector = build_detector(config)

@@ -1,7 +1,6 @@
 """The search stage on a detector's own loss: by a config alone, by SiDT's settings, and resumed."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from small_detector import small_config, small_digits
 from torch.testing import assert_close
 
 from sidt.detection import pipeline
 from sidt.detection.configs import build_detector, input_size_of, move_data, read_config
 from sidt.detection.detector import detector_space
-from sidt.detection.digits import write_digits
 from sidt.detection.gates import GateHook
 from sidt.detection.loss import detector_loss, read_batches
 from sidt.detection.objective import measured_scores
@@ -25,14 +24,7 @@ from sidt.families import KINDS
 from sidt.gates import gated
 from sidt.importance import load_importance
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
-SMALL = """
-_base_ = "{base}"
-model = dict(
-    backbone=dict(embed_dims=16, depths=(1, 2, 1), num_heads=(2, 2, 4), window_size=4),
-    neck=dict(in_channels=[32, 64], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, norm_cfg=dict(num_groups=4)),
-)
+HOOK = """
 train_cfg = dict(max_epochs=2, val_interval=10)
 custom_imports = dict(imports=["sidt.detection.models", "sidt.detection.gates"], allow_failed_imports=False)
 custom_hooks = [dict(type="GateHook", lambdas=1e-2, speed=5.0)]
@@ -43,9 +35,8 @@ custom_hooks = [dict(type="GateHook", lambdas=1e-2, speed=5.0)]
 def config(tmp_path_factory):
     """A config file of a detector that fits into a second, with nothing of SiDT's but the hook."""
     folder = tmp_path_factory.mktemp("small")
-    write_digits(folder / "digits", train=24, val=6, size=64)
-    (folder / "small.py").write_text(SMALL.format(base=CONFIGS / "digits_swin.py"))
-    return folder / "small.py"
+    small_digits(folder)
+    return small_config(folder, HOOK)
 
 
 def opened(config):

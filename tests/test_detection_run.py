@@ -1,8 +1,7 @@
-"""A detection run from end to end, on digits of a few pixels: files, budgets, MMDetection's own tools, mistakes."""
+"""A detection run from end to end, on digits of a few pixels: files, budgets and MMDetection's own tools."""
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -10,86 +9,45 @@ from pathlib import Path
 
 import mmdet
 import pytest
-import torch
 from click.testing import CliRunner
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.hooks import Hook
-from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.registry import HOOKS
 from safetensors.torch import load_file
+from small_detector import (
+    CONFIGS,
+    SEARCH,
+    opened,
+    random_detector,
+    small_config,
+    small_digits,
+    write_checkpoint,
+)
 from torch.testing import assert_close
 
-from sidt.cli import cli, main
+from sidt.cli import cli
 from sidt.detection import configs as detection_configs
 from sidt.detection import pipeline
 from sidt.detection.checkpoints import load_detector, weights_digest
 from sidt.detection.configs import build_detector, read_config
 from sidt.detection.detector import detector_space, parts
-from sidt.detection.digits import write_digits
 from sidt.detection.loss import detector_loss, read_batches
 from sidt.errors import InputError
-
-CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
-SMALL = """
-_base_ = "{base}"
-model = dict(
-    backbone=dict(embed_dims=16, depths=(1, 2, 1), num_heads=(2, 2, 4), window_size=4),
-    neck=dict(in_channels=[32, 64], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, norm_cfg=dict(num_groups=4)),
-)
-train_cfg = dict(max_epochs=1, val_interval=10)
-param_scheduler = []
-sidt = dict(
-    budget=dict(params=0.6),
-    holdout=4,
-    score_images=8,
-    trials=2,
-    finetune={{"optim_wrapper.optimizer.lr": 1e-4}},
-)
-"""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder, train=24, val=6, size=64)
-    return folder
+    return small_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, data):
-    """A config file of a detector that fits into a second."""
-    path = tmp_path_factory.mktemp("config") / "small.py"
-    path.write_text(SMALL.format(base=CONFIGS / "digits_swin.py") + f"data_root = {str(data)!r}\n")
-    return path
-
-
-def opened(config, data, folder, **settings):
-    return pipeline.open_run(config, folder, None, settings, data_root=data)
-
-
-def random_detector(config):
-    """A detector whose parameters are all off their start, and finds something in every image."""
-    torch.manual_seed(0)
-    detector = build_detector(config)
-    detector.init_weights()
-    with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        for head in detector.bbox_head.modules():
-            if getattr(head, "out_channels", None) == 10:
-                head.bias.fill_(-1.0)
-    return detector.eval()
+    return small_config(tmp_path_factory.mktemp("config"), SEARCH + f"data_root = {str(data)!r}\n")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, config):
-    """As MMEngine writes it: with what its logger keeps, which torch does not know."""
-    path = tmp_path_factory.mktemp("weights") / "epoch_1.pth"
-    detector = random_detector(read_config(config))
-    message_hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}}
-    torch.save({"meta": {"epoch": 1}, "state_dict": detector.state_dict(), "message_hub": message_hub}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("weights"), config)
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +222,6 @@ def flat(value):
     return value if isinstance(value, list) else [value]
 
 
-def test_damaged_images_are_named(config, data, tmp_path, refused):
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    for path in (copy / "train").glob("*.png"):
-        path.write_bytes(path.read_bytes()[:60])
-    with refused("image", str(copy)):
-        read_batches(opened(config, copy, tmp_path / "run").config, 4, batch_size=2)
-
-
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -318,137 +267,6 @@ def test_two_processes_train(config, data, tmp_path):
     assert "GPU number: 2" in log and "MMDistributedDataParallel" in log
     detector, _ = load_detector(tmp_path / "run" / "dense")
     assert all(p.isfinite().all() for p in detector.parameters())
-
-
-# --- mistakes ------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_extra_says_the_command_that_installs_it(tmp_path):
-    program = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mmdet", "mmcv", "mmengine"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
-sys.argv = ["sidt", "detect", "search", "config.py"]
-from sidt.cli import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "--extra detection" in done.stderr
-    assert done.stderr.startswith("sidt: ") and done.stderr.count("\n") == 1
-
-
-def test_a_backbone_without_a_space_is_refused(tmp_path, data, refused):
-    path = tmp_path / "resnet.py"
-    path.write_text(
-        f"_base_ = {str(CONFIGS / 'digits_swin.py')!r}\n"
-        "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, out_indices=(1, 2)),"
-        " neck=dict(in_channels=[128, 256]))\n"
-    )
-    with refused("ResNet", "search_spaces"):
-        pipeline.train_dense(opened(path, data, tmp_path / "run"))
-    assert not (tmp_path / "run" / "data").exists()
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch evil",))
-
-
-def write_evil(path):
-    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
-
-
-def write_other(path):
-    torch.save({"state_dict": {"backbone.weight": torch.zeros(3)}}, path)
-
-
-def write_truncated(path):
-    whole_file = path.with_suffix(".whole")
-    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, whole_file)
-    path.write_bytes(whole_file.read_bytes()[:2000])
-
-
-@pytest.mark.parametrize(
-    ("write", "words"),
-    [
-        (write_evil, ["refused"]),
-        (write_other, ["backbone", "missing"]),
-        (write_truncated, ["truncated"]),
-        (lambda path: None, ["cannot read"]),
-    ],
-    ids=["code", "another model", "truncated", "missing"],
-)
-def test_bad_checkpoints_are_refused(write, words, config, data, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pth"
-    write(path)
-    with refused(str(path), *words):
-        pipeline.take_checkpoint(opened(config, data, tmp_path / "run"), path)
-    assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
-
-
-def test_training_does_not_start_from_code(config, data, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    write_evil(tmp_path / "weights.pth")
-    options = {"load_from": str(tmp_path / "weights.pth")}
-    with refused("weights.pth", "refused"):
-        pipeline.train_dense(pipeline.open_run(config, tmp_path / "run", options, data_root=data))
-    assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
-
-
-def test_bad_annotations_are_refused(config, data, checkpoint, tmp_path, refused):
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    annotations = copy / "annotations" / "train.json"
-    text = annotations.read_text()
-
-    def take():
-        pipeline.take_checkpoint(opened(config, copy, tmp_path / "run"), checkpoint)
-
-    annotations.write_text(text[: len(text) // 2])
-    with refused("train.json", "not valid JSON"):
-        take()
-    annotations.write_text(text.replace('"name": "7"', '"name": "seven"').replace('"name":"7"', '"name":"seven"'))
-    with refused("7"):
-        take()
-    annotations.unlink()
-    with refused("train.json"):
-        take()
-    annotations.write_text(text)
-    next((copy / "train").glob("*.png")).unlink()
-    with refused("1 of the 24"):
-        take()
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_number_of_classes_is_refused(config, data, tmp_path, refused):
-    run = pipeline.open_run(config, tmp_path / "run", {"model.bbox_head.num_classes": 11}, data_root=data)
-    with refused("num_classes=11", "10 classes"):
-        pipeline.train_dense(run)
-
-
-def test_wrong_settings_are_named(config, data, tmp_path, refused):
-    with refused("sidt", "trials", "0"):
-        opened(config, data, tmp_path, trials=0)
-    with refused("no detection run"):
-        pipeline.open_run(tmp_path)
-    with refused("there is no config"):
-        pipeline.open_run(tmp_path / "absent.py")
-    path = tmp_path / "broken.py"
-    path.write_text("model = dict(\n")
-    with refused("broken.py"):
-        pipeline.open_run(path)
-
-
-def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sidt", "detect", "search", str(tmp_path / "absent.py")])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("sidt: there is no config") and said.count("\n") == 1
 
 
 def test_another_split_needs_another_run(run, config, data, refused):
