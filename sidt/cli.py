@@ -12,7 +12,7 @@ from sidt.errors import InputError
 from sidt.options import DEVICE, OUT, SOURCE, image_size, number
 
 if TYPE_CHECKING:
-    from sidt.pipeline import Run
+    from sidt.runs import Run
 
 _SET = click.option(
     "--set",
@@ -49,7 +49,7 @@ def _open(
     """The run that a step works on; options that were given become overrides of its config."""
     import json
 
-    from sidt.pipeline import open_run
+    from sidt.runs import open_run
 
     given = {**(values or {}), "device": device}
     named = tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
@@ -58,7 +58,7 @@ def _open(
 
 def _do(step: Callable[["Run"], str], run: "Run") -> None:
     """Do one step, say what it did, and keep the config that it was done with."""
-    from sidt.pipeline import remember
+    from sidt.runs import remember
 
     click.echo(step(run))
     remember(run)

@@ -14,8 +14,6 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +29,7 @@ from sidt.batches import make_loader
 from sidt.checkpoint import create_model, load, load_weights, save
 from sidt.compensation import compensate, refit_width
 from sidt.complexity import measure, report, time_forward
-from sidt.config import RunConfig, dump_config, read_config
 from sidt.data import Splits, load_data
-from sidt.devices import resolve_device
 from sidt.distillation import distillation_loss
 from sidt.errors import InputError
 from sidt.evaluation import check_classes, correct, log_likelihood, top1
@@ -41,7 +37,8 @@ from sidt.files import read_json, write_json, write_text
 from sidt.gates import learn_gates
 from sidt.importance import Importance, load_importance
 from sidt.moments import Moments, measure_moments
-from sidt.plan import DimensionPlan, load_plan
+from sidt.plan import DimensionPlan
+from sidt.runs import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
 from sidt.space import DimensionSpace, space_for
 from sidt.study import Gain
 from sidt.study import search as optuna_search
@@ -49,57 +46,10 @@ from sidt.surgery import slice_model
 from sidt.timing import latencies_for
 from sidt.training import Loss, TrainConfig, fit, weights_digest
 
-# What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
-PLAN, SEARCH, LATENCY = "search/plan.json", "search/search.json", "latency"
+LATENCY = "latency"
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder and the config of the run."""
-
-    folder: Path
-    config: RunConfig
-
-    @property
-    def device(self) -> str:
-        """The device of everything but a training that names its own."""
-        return str(resolve_device(self.config.device))
-
-
-def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = ()) -> Run:
-    """Open a run folder, or start one from a config.
-
-    Args:
-        source: a run folder, or a config file.
-        out: the run folder for a config; default: ``runs/<name of the config>``.
-        overrides: ``key=value`` texts; see :func:`sidt.config.read_config`.
-
-    Raises:
-        InputError: the source is neither, the config is wrong, or the folder cannot be written.
-    """
-    if source.is_dir():
-        if not (source / "config.yaml").is_file():
-            raise InputError(
-                f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
-            )
-        folder, config = source, read_config(source / "config.yaml", overrides)
-    elif source.is_file():
-        folder, config = out or Path("runs") / source.stem, read_config(source, overrides)
-    else:
-        raise InputError(f"{source} is neither a config file nor a run folder")
-    resolve_device(config.device)
-    run = Run(folder, config)
-    if source.is_file():
-        remember(run)
-    return run
-
-
-def remember(run: Run) -> None:
-    """Write the run's config to its folder. A step on a run folder does this once it has succeeded."""
-    write_text(run.folder / "config.yaml", dump_config(run.config))
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -127,7 +77,7 @@ def train(run: Run) -> str:
 
 def score(run: Run) -> str:
     """Align the dense model, if it is to be repaired, and score every unit of it."""
-    model, config, begin = _dense(run), run.config.score, time.perf_counter()
+    model, config, begin = dense_model(run), run.config.score, time.perf_counter()
     space = space_for(model)
     if run.config.repair:
         model = align(model, _moments(run, model))[0]
@@ -167,9 +117,9 @@ def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importanc
 
 def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
-    model, config = _base(run), run.config.search
+    model, config = base_model(run), run.config.search
     space = space_for(model)
-    scores = load_importance(_existing(run, "scores.safetensors", "score"), space)
+    scores = load_importance(existing(run, "scores.safetensors", "score"), space)
     data = load_data(run.config.data)
     held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
 
@@ -187,11 +137,6 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
     rules, budget = Rules(config.kinds, config.freeze, config.min_units, config.round_to), run.config.budget.value()
     latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
-    begin = time.perf_counter()
-    dense = float(correct(model, held_out, device=run.device).mean())
-    once = time.perf_counter() - begin
-    cost = f"about {once:.1f} s each or less, {once * config.trials:.0f} s in all"
-    say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
     result = optuna_search(
         model,
         scores,
@@ -205,7 +150,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         rules=rules,
         latencies=latencies,
         slicer=slicer,
-        warm=[read_json(_existing(Run(w, run.config), SEARCH, "search"))["multipliers"] for w in config.warm],
+        warm=[read_json(existing(Run(w, run.config), SEARCH, "search"))["multipliers"] for w in config.warm],
         jobs=config.jobs,
         pareto=config.pareto,
         storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
@@ -249,8 +194,8 @@ def search(run: Run, say: Callable[[str], None]) -> str:
 
 def slice_(run: Run) -> str:
     """Slice the dense model by the plan, and repair what lost inputs."""
-    model = _base(run)
-    plan = _plan(run, space_for(model))
+    model = base_model(run)
+    plan = searched_plan(run, space_for(model))
     small = _slicer(run, model)(plan)
     if run.config.repair:
         images = _sample(load_data(run.config.data).calibration, _WIDTH_IMAGES)
@@ -263,11 +208,11 @@ def slice_(run: Run) -> str:
 
 def finetune(run: Run) -> str:
     """Train the sliced model further; the result is the run folder's own checkpoint."""
-    model, config, loss = load(_existing(run, "sliced/config.json", "slice").parent), run.config, None
+    model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
     data = load_data(config.data)
     if config.teacher is not None:
         options = config.teacher.model_dump()
-        loss = distillation_loss(_dense(run), model, smoothing=config.finetune.smoothing, **options)
+        loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
     _fit(run, model, data, config.finetune, "finetune", loss)
     save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
     return f"fine-tuned: {_percent(top1(model, data.holdout, device=run.device))} on held-out images -> {run.folder}"
@@ -279,7 +224,7 @@ def evaluate(run: Run) -> str:
     there = {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
-    _check_one_plan(run)
+    check_one_plan(run)
     test, rows = load_data(run.config.data).test, {}
     for name, folder in there.items():
         model = load(folder).to(run.device)
@@ -300,11 +245,11 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """Write ``report.md`` and its plots from what the other steps left."""
-    model = _dense(run)
+    model = dense_model(run)
     space = space_for(model)
-    plan, search_result = _plan(run, space), read_json(_existing(run, SEARCH, "search"))
-    rows = read_json(_existing(run, "evaluation.json", "evaluate"))
-    _check_one_plan(run)
+    plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
+    rows = read_json(existing(run, "evaluation.json", "evaluate"))
+    check_one_plan(run)
     reporting.plot_kept(plan, run.folder / "kept.png")
     front, judged_by = search_result["front"], f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front:
@@ -350,22 +295,6 @@ def run_all(run: Run, say: Callable[[str], None]) -> None:
 # --- what the steps share -----------------------------------------------------------------------------------------
 
 
-def _existing(run: Run, name: str, step: str) -> Path:
-    path = run.folder / name
-    if not path.exists():
-        raise InputError(f"{path} is not there; run `sidt {step} {run.folder}` first")
-    return path
-
-
-def _dense(run: Run) -> nn.Module:
-    return load(_existing(run, "dense/config.json", "train").parent)
-
-
-def _base(run: Run) -> nn.Module:
-    _existing(run, "dense/config.json", "train")
-    return load(_existing(run, "base/config.json", "score").parent)
-
-
 def _moments(run: Run, model: nn.Module) -> Moments:
     images = _sample(load_data(run.config.data).calibration, run.config.score.images)
     return measure_moments(model.to(run.device), make_loader(images, 64))
@@ -384,20 +313,6 @@ def _says(gain: Gain, objective: str) -> str:
     if objective == "top1":
         return str(gain)
     return gain.sentence("{:+.4f}", "{:.4f}", f"the log-likelihood of {gain.samples} fresh samples")
-
-
-def _plan(run: Run, space: DimensionSpace) -> DimensionPlan:
-    return load_plan(_existing(run, PLAN, "search"), space)
-
-
-def _check_one_plan(run: Run) -> None:
-    """After another search, what was sliced and fine-tuned before is not its result."""
-    for name, step in (("sliced/plan.json", "slice"), ("plan.json", "finetune")):
-        path = run.folder / name
-        if path.exists() and (run.folder / PLAN).exists() and read_json(path) != read_json(run.folder / PLAN):
-            raise InputError(
-                f"{path} is of another plan than {run.folder / PLAN}; run `sidt {step} {run.folder}` again"
-            )
 
 
 def _sample(data: Dataset[Any], count: int) -> Subset[Any]:

@@ -8,9 +8,9 @@ from sidt.checkpoint import create_model, load
 from sidt.complexity import ComplexityReport, Group, report
 from sidt.config import read_config
 from sidt.errors import InputError
-from sidt.pipeline import PLAN
 from sidt.plan import load_plan
 from sidt.report import Format, latency_text
+from sidt.runs import PLAN
 from sidt.space import space_for
 from sidt.timing import compare_layers, whereabouts
 from sidt.trace import InputSize

@@ -83,6 +83,7 @@ def finished(config, tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+        assert done.stdout.count("held-out images, about") == (step == "search")  # what it will cost, once
     return folder
 
 
@@ -95,6 +96,8 @@ def test_the_steps_leave_a_whole_run_folder(finished):
     assert not [n for n in names if n.startswith(".")]
     for picture in ("kept.png", "search.png"):
         assert Image.open(finished / picture).size[0] > 300
+    found = json.loads((finished / "search" / "search.json").read_text())
+    assert found["objective"] == "loss" and all(found[name] < 0 for name in ("dense", "plain", "best"))
     rows = json.loads((finished / "evaluation.json").read_text())
     assert list(rows) == ["dense", "sliced", "fine-tuned"]
     share = rows["fine-tuned"]["params"] / rows["dense"]["params"]

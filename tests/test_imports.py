@@ -15,7 +15,7 @@ FLOORS = (
     {"plan", "budget", "complexity", "importance", "latency", "allocation", "attention", "surgery"}
     | {"moments", "alignment", "batches", "data", "devices", "evaluation"},
     {"compensation", "training", "gates", "distillation", "checkpoint", "timing", "study"},
-    {"config", "report", "pipeline", "sources"},
+    {"config", "report", "runs", "pipeline", "sources"},
     {"cli", "detect_cli", "__init__", "__main__"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
