@@ -17,6 +17,7 @@ from sidt.detection import pipeline
 from sidt.detection.checkpoints import WEIGHTS, load_detector
 from sidt.detection.configs import with_data
 from sidt.detection.evaluation import results_table
+from sidt.detection.runs import SEARCH, input_size, open_run
 from sidt.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def main(data: Path, epochs: int, scale: int, runs: Path, out: Path) -> None:
             ],
         },
     }
-    run = pipeline.open_run(MASK_RCNN, runs, options(epochs, scale), settings, data_root=data.resolve())
+    run = open_run(MASK_RCNN, runs, options(epochs, scale), settings, data_root=data.resolve())
     if not (runs / "dense" / WEIGHTS).is_file():
         click.echo(pipeline.train_dense(run))
     if not (runs / "sliced" / WEIGHTS).is_file():
@@ -96,10 +97,10 @@ def main(data: Path, epochs: int, scale: int, runs: Path, out: Path) -> None:
             if not done.is_file():
                 places = (data / "annotations" / f"instances_{images}.json", data / images)
                 config = with_data(load_detector(folder)[1], "test_dataloader", *places)
-                row = pipeline.evaluate_detector(folder, config, pipeline.input_size(run), latency=False)
+                row = pipeline.evaluate_detector(folder, config, input_size(run), latency=False)
                 write_json(done, row | {"images": len(read_json(places[0])["images"])})
             rows[f"{name}, {images}"] = read_json(done)
-    found = read_json(runs / pipeline.SEARCH)
+    found = read_json(runs / SEARCH)
     notes = (
         f"{rows['dense, train2017']['images']} photographs of train2017 (8 of them held out of the training for the "
         f"search, all of them evaluated) and {rows['dense, val2017']['images']} of val2017, shorter side {scale} px, "

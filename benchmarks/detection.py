@@ -36,6 +36,7 @@ from sidt.detection.detector import detector_space, parts
 from sidt.detection.digits import write_digits
 from sidt.detection.evaluation import average_precision
 from sidt.detection.loss import detector_loss, read_batches
+from sidt.detection.runs import DetectionRun, input_size, open_run
 from sidt.files import read_json, write_json
 from sidt.importance import Importance
 from sidt.moments import measure_moments
@@ -87,11 +88,11 @@ def digit_classifier(detector: Any, config: Config, space: DimensionSpace, seed:
 def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: Path, options: dict[str, Any]) -> dict:
     """Train, score, slice and fine-tune with one seed; what is there already is not done again."""
     seeded = {"randomness.seed": seed, **options}
-    run = pipeline.open_run(CONFIGS / f"digits_{backbone}.py", folder, seeded, {"seed": seed}, data_root=data)
+    run = open_run(CONFIGS / f"digits_{backbone}.py", folder, seeded, {"seed": seed}, data_root=data)
     if not (folder / "dense" / CONFIG).is_file():
         click.echo(pipeline.train_dense(run))
     detector, config = load_detector(folder / "dense")
-    space = detector_space(detector, config.model, pipeline.input_size(run))
+    space = detector_space(detector, config.model, input_size(run))
     batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
     classifier, digits, accuracy = digit_classifier(detector, config, space, seed)
     scores = {
@@ -106,7 +107,7 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
     rows = {}
     for name, plan in plans.items():
         place = folder / "rows" / name.replace(" ", "_").replace(",", "").replace("%", "")
-        part = pipeline.DetectionRun(place, run.config, run.settings)
+        part = DetectionRun(place, run.config, run.settings)
         if not (place / "row.json").is_file():
             small = detector if plan is None else slice_model(detector, plan)
             save_detector(small, config, place / "sliced", source_of(config, "train_dataloader").classes)

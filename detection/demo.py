@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sidt.detection.digits import write_digits
-from sidt.detection.pipeline import Say, draw, evaluate, finetune, open_run, search, train_dense
+from sidt.detection.pipeline import Say, draw, evaluate, finetune, search, train_dense
+from sidt.detection.runs import open_run
 
 _CONFIG = "digits_swin.py"
 

@@ -9,7 +9,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from torch import nn
 
 from sidt.allocation import Rules
 from sidt.compensation import compensate, refit_width
-from sidt.config import parse
 from sidt.detection.annotations import check_annotations, write_subsets
 from sidt.detection.checkpoints import (
-    CONFIG,
     WEIGHTS,
     load_detector,
     load_weights,
@@ -34,9 +31,6 @@ from sidt.detection.configs import (
     Source,
     build_detector,
     check_classes,
-    input_size_of,
-    move_data,
-    read_config,
     source_of,
     with_data,
 )
@@ -45,6 +39,17 @@ from sidt.detection.evaluation import results_table, test
 from sidt.detection.loss import detector_loss, read_batches
 from sidt.detection.objective import Say, aligned_detector, measured_scores, named, objective, says, shown
 from sidt.detection.pictures import draw_side_by_side
+from sidt.detection.runs import (
+    EVALUATION,
+    PLAN,
+    SEARCH,
+    DetectionRun,
+    check_one_plan,
+    detectors,
+    existing,
+    input_size,
+    open_detector,
+)
 from sidt.detection.settings import Settings, TeacherSettings
 from sidt.detection.training import join, prepared, train
 from sidt.devices import resolve_device
@@ -57,67 +62,8 @@ from sidt.study import search as optuna_search
 from sidt.surgery import slice_model
 from sidt.timing import latencies_for
 
-PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
 _TRAIN, _TEST = "train_dataloader", "test_dataloader"
 _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
-
-
-@dataclass(frozen=True)
-class DetectionRun:
-    """A run folder, the config of the dense detector, the settings in it, and what it differs in from its file.
-
-    Attributes:
-        folder: the run folder.
-        config: of the dense detector, with what was replaced.
-        settings: those of its section ``sidt``.
-        options: values of the config that were replaced, by dotted key.
-        data_root: the folder of the data, if it was replaced.
-    """
-
-    folder: Path
-    config: Config
-    settings: Settings
-    options: Mapping[str, Any] = field(default_factory=dict)
-    data_root: Path | None = None
-
-
-def open_run(
-    source: Path,
-    out: Path | None = None,
-    options: Mapping[str, Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    *,
-    data_root: Path | None = None,
-) -> DetectionRun:
-    """Open a run folder, or start one from an MMDetection config.
-
-    Args:
-        source: a run folder, or a config.
-        out: the run folder for a config; default: ``runs/<name of the config>``.
-        options: values that replace the config's, by dotted key.
-        settings: values that replace those of its section ``sidt``.
-        data_root: the folder that the data is in, if not the config's.
-
-    Raises:
-        InputError: the source is neither, or a value is wrong.
-    """
-    if source.is_dir():
-        if not (source / "dense" / CONFIG).is_file():
-            raise InputError(
-                f"{source} is no detection run: it has no dense/{CONFIG}; start with a config: `sidt detect search "
-                f"CONFIG --checkpoint FILE --out {source}`"
-            )
-        folder, path = source, source / "dense" / CONFIG
-    else:
-        folder, path = out or Path("runs") / source.stem, source
-    config = read_config(path, options)
-    if data_root is not None:
-        move_data(config, data_root)
-    merged = {**(config.to_dict().get("sidt") or {}), **{k: v for k, v in (settings or {}).items() if v is not None}}
-    checked = parse(Settings, merged, f"{path}, section sidt")
-    resolve_device(checked.device)
-    config.sidt = checked.model_dump(mode="json")
-    return DetectionRun(folder, config, checked, dict(options or {}), data_root)
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -156,8 +102,8 @@ def search(run: DetectionRun, say: Say) -> str:
     settings = run.settings
     if settings.budget is None:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
-    _existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
-    detector, config = _opened(run, run.folder / "dense")
+    existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
+    detector, config = open_detector(run, run.folder / "dense")
     source = _checked(run, detector, _TRAIN)
     split = _split(run, source)
     space = detector_space(detector, config.model, input_size(run))
@@ -242,14 +188,14 @@ def finetune(
     The dense detector teaches it if ``teacher`` is given, or if the run's settings say how.
     """
     join(launcher)
-    sliced = _existing(run, "sliced", "search")
+    sliced = existing(run, "sliced", "search")
     changes = {**run.options, **run.settings.finetune, **(options or {})}
-    detector, config = _opened(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
+    detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
     source = _checked(run, detector, _TRAIN)
     config = with_data(config, _TRAIN, _split(run, source)["rest"])
     taught = run.settings.teacher or (TeacherSettings() if teacher else None)
     if taught is not None:
-        dense = _existing(run, "dense", "train CONFIG").resolve()
+        dense = existing(run, "dense", "train CONFIG").resolve()
         hook = {"type": "TeacherHook", "folder": str(dense), **taught.model_dump()}
         config.custom_hooks = [*(config.get("custom_hooks") or []), hook]
     last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
@@ -266,13 +212,13 @@ def evaluate(
 ) -> str:
     """COCO scores on the test data, parameters, multiply-adds and latency of the detectors that are there."""
     join(launcher)
-    there = _detectors(run)
+    there = detectors(run)
     if not there:
         raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
-    _check_one_plan(run)
+    check_one_plan(run)
     size, device, rows = input_size(run), run.settings.device, {}
     for name, folder in there.items():
-        config = _opened(run, folder)[1]
+        config = open_detector(run, folder)[1]
         rows[name] = evaluate_detector(
             folder, config, size, launcher=launcher, per_class=per_class, latency=latency, device=device
         )
@@ -329,49 +275,15 @@ def evaluate_detector(
 
 def draw(run: DetectionRun, images: int) -> str:
     """Draw what each detector of the run finds in the first test images, side by side."""
-    _check_one_plan(run)
-    detectors = {name: _opened(run, folder) for name, folder in _detectors(run).items()}
+    check_one_plan(run)
+    opened = {name: open_detector(run, folder) for name, folder in detectors(run).items()}
     source = source_of(run.config, _TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
-    draw_side_by_side(detectors, files, source.classes, run.folder / "detections.png")
+    draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
 
 
 # --- what the steps share ------------------------------------------------------------------------------------------
-
-
-def _detectors(run: DetectionRun) -> dict[str, Path]:
-    """The folders of the detectors that the run has so far."""
-    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
-    return {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
-
-
-def _check_one_plan(run: DetectionRun) -> None:
-    """After another search, what was fine-tuned before is not its result."""
-    sliced, tuned = run.folder / "sliced" / "plan.json", run.folder / "plan.json"
-    if sliced.is_file() and tuned.is_file() and read_json(sliced) != read_json(tuned):
-        raise InputError(f"{tuned} is of another plan than {sliced}; run `sidt detect finetune {run.folder}` again")
-
-
-def _opened(run: DetectionRun, folder: Path) -> tuple[nn.Module, Config]:
-    """One of the run's detectors, and its config with what was replaced."""
-    detector, _ = load_detector(folder)
-    config = read_config(folder / CONFIG, run.options)
-    if run.data_root is not None:
-        move_data(config, run.data_root)
-    return detector, config
-
-
-def _existing(run: DetectionRun, name: str, step: str) -> Path:
-    folder = run.folder / name
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} is not there; run `sidt detect {step}` first")
-    return folder
-
-
-def input_size(run: DetectionRun) -> tuple[int, int, int]:
-    """Channels, height, width of the image that a run's costs are stated at."""
-    return run.settings.input_size or input_size_of(run.config)
 
 
 def _check_source(source: Source) -> None:

@@ -107,7 +107,7 @@ def train(
     if source.is_dir():
         raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
     values = _mixed_precision(_parsed(options), amp)
-    run = pipeline.open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
+    run = detection("runs").open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
     click.echo(pipeline.train_dense(run, launcher=launcher))
 
 
@@ -169,7 +169,7 @@ def search(
         "kinds": kinds.split(",") if kinds else None,
         "input_size": image_size(input_size),
     }
-    run = pipeline.open_run(source, out, _parsed(options), given, data_root=data_root)
+    run = detection("runs").open_run(source, out, _parsed(options), given, data_root=data_root)
     if checkpoint is not None:
         click.echo(pipeline.take_checkpoint(run, checkpoint))
     click.echo(pipeline.search(run, click.echo))
@@ -187,7 +187,7 @@ def finetune(
 ) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("pipeline")
-    run = pipeline.open_run(source, data_root=data_root)
+    run = detection("runs").open_run(source, data_root=data_root)
     click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
 
 
@@ -222,7 +222,9 @@ def evaluate(
 ) -> None:
     """COCO scores, parameters, MACs and latency of a run's detectors, as a table and in evaluation.json."""
     pipeline = detection("pipeline")
-    run = pipeline.open_run(source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root)
+    run = detection("runs").open_run(
+        source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root
+    )
     if checkpoint is not None:
         click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
     table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)

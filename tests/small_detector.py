@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from sidt.detection import pipeline
 from sidt.detection.configs import build_detector, read_config
 from sidt.detection.digits import write_digits
+from sidt.detection.runs import open_run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
 SMALL = """
@@ -45,7 +45,7 @@ def small_config(folder, rest=""):
 
 
 def opened(config, data, folder, **settings):
-    return pipeline.open_run(config, folder, None, settings, data_root=data)
+    return open_run(config, folder, None, settings, data_root=data)
 
 
 def random_detector(config):

@@ -21,6 +21,7 @@ from sidt.detection.configs import build_detector, move_data, read_config
 from sidt.detection.detector import detector_space
 from sidt.detection.distillation import TeacherHook
 from sidt.detection.loss import read_batches
+from sidt.detection.runs import open_run
 from sidt.surgery import slice_model
 
 REST = """
@@ -134,20 +135,20 @@ def test_a_run_with_a_teacher_by_the_command_line(run):
     assert tuned.keys() == sliced.keys() and any(not torch.equal(tuned[name], sliced[name]) for name in sliced)
     # The flag is the hook in the config: the same training, which is finished.
     hook = {"type": "TeacherHook", "folder": str((run / "dense").resolve()), "features": 6.0}
-    pipeline.finetune(pipeline.open_run(run), {"custom_hooks": [hook]})
+    pipeline.finetune(open_run(run), {"custom_hooks": [hook]})
     assert [state.name for state in (run / "states").iterdir()] == [taught]
 
 
 def test_the_settings_say_how_much(run):
-    assert pipeline.open_run(run).settings.teacher is None
-    assert pipeline.open_run(run, settings={"teacher": {"features": 2}}).settings.teacher.features == 2
+    assert open_run(run).settings.teacher is None
+    assert open_run(run, settings={"teacher": {"features": 2}}).settings.teacher.features == 2
 
 
 def test_mistakes(run, batch, tmp_path, refused):
     with refused("features=0", "above 0"):
         TeacherHook(str(run), features=0)
     with refused("teacher.features", "greater than 0"):
-        pipeline.open_run(run, settings={"teacher": {"features": -1}})
+        open_run(run, settings={"teacher": {"features": -1}})
     student = load_detector(run / "sliced")[0].train()
     with refused(tmp_path, "no detector"):
         TeacherHook(str(tmp_path)).before_train(SimpleNamespace(model=student))

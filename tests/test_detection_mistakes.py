@@ -13,6 +13,7 @@ from small_detector import CONFIGS, SEARCH, opened, small_config, small_digits, 
 from sidt.cli import main
 from sidt.detection import pipeline
 from sidt.detection.loss import read_batches
+from sidt.detection.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_training_does_not_start_from_code(config, data, tmp_path, monkeypatch, 
     write_evil(tmp_path / "weights.pth")
     options = {"load_from": str(tmp_path / "weights.pth")}
     with refused("weights.pth", "refused"):
-        pipeline.train_dense(pipeline.open_run(config, tmp_path / "run", options, data_root=data))
+        pipeline.train_dense(open_run(config, tmp_path / "run", options, data_root=data))
     assert not (tmp_path / "evil").exists() and not (tmp_path / "run" / "dense").exists()
 
 
@@ -132,7 +133,7 @@ def test_bad_annotations_are_refused(config, data, checkpoint, tmp_path, refused
 
 
 def test_another_number_of_classes_is_refused(config, data, tmp_path, refused):
-    run = pipeline.open_run(config, tmp_path / "run", {"model.bbox_head.num_classes": 11}, data_root=data)
+    run = open_run(config, tmp_path / "run", {"model.bbox_head.num_classes": 11}, data_root=data)
     with refused("num_classes=11", "10 classes"):
         pipeline.train_dense(run)
 
@@ -141,13 +142,13 @@ def test_wrong_settings_are_named(config, data, tmp_path, refused):
     with refused("sidt", "trials", "0"):
         opened(config, data, tmp_path, trials=0)
     with refused("no detection run"):
-        pipeline.open_run(tmp_path)
+        open_run(tmp_path)
     with refused("there is no config"):
-        pipeline.open_run(tmp_path / "absent.py")
+        open_run(tmp_path / "absent.py")
     path = tmp_path / "broken.py"
     path.write_text("model = dict(\n")
     with refused("broken.py"):
-        pipeline.open_run(path)
+        open_run(path)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ from sidt.detection.checkpoints import load_detector, weights_digest
 from sidt.detection.configs import build_detector, read_config
 from sidt.detection.detector import detector_space, parts
 from sidt.detection.loss import detector_loss, read_batches
+from sidt.detection.runs import open_run
 from sidt.errors import InputError
 
 
@@ -123,19 +124,19 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     shutil.copytree(run, folder)
     before = json.loads((folder / "search" / "search.json").read_text())
     said = []
-    pipeline.search(pipeline.open_run(folder, settings={"trials": 3}), said.append)
+    pipeline.search(open_run(folder, settings={"trials": 3}), said.append)
     after = json.loads((folder / "search" / "search.json").read_text())
     assert after["values"][:2] == before["values"] and len(after["values"]) == 3
     assert not any("scores" in line for line in said)  # they were not measured again
     # The fine-tuned detector may be of another plan now, and then it is not shown beside the sliced one.
     plan = folder / "sliced" / "plan.json"
     plan.write_text(plan.read_text().replace("[", "[ "))
-    assert "fine-tuned" in pipeline.evaluate(pipeline.open_run(folder), latency=False)
+    assert "fine-tuned" in pipeline.evaluate(open_run(folder), latency=False)
     keep = json.loads(plan.read_text())
     keep["keep"]["hidden.0.0"] = keep["keep"]["hidden.0.0"][:-1]
     plan.write_text(json.dumps(keep))
     with pytest.raises(InputError, match="finetune"):
-        pipeline.evaluate(pipeline.open_run(folder), latency=False)
+        pipeline.evaluate(open_run(folder), latency=False)
 
 
 def test_evaluation_needs_no_training_data(config, data, checkpoint, tmp_path):
@@ -240,7 +241,7 @@ class StopOnce(Hook):
 def test_a_stopped_training_goes_on(config, data, tmp_path):
     hooks = {"custom_hooks": [{"type": "StopOnce"}], "default_hooks.checkpoint.interval": 1}
     options = {"train_cfg.max_epochs": 2, **hooks}
-    stopped = pipeline.open_run(config, tmp_path / "stopped", options, data_root=data)
+    stopped = open_run(config, tmp_path / "stopped", options, data_root=data)
     StopOnce.armed = True
     with pytest.raises(KeyboardInterrupt):
         pipeline.train_dense(stopped)
@@ -248,7 +249,7 @@ def test_a_stopped_training_goes_on(config, data, tmp_path):
     pipeline.train_dense(stopped)
     log = sorted((tmp_path / "stopped" / "states").glob("train-*/*/*.log"))[-1].read_text()
     assert "resumed epoch: 1" in log
-    whole_run = pipeline.open_run(config, tmp_path / "whole", options, data_root=data)
+    whole_run = open_run(config, tmp_path / "whole", options, data_root=data)
     pipeline.train_dense(whole_run)
     weights = [load_file(tmp_path / name / "dense" / "model.safetensors") for name in ("stopped", "whole")]
     assert weights[0].keys() == weights[1].keys()
