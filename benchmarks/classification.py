@@ -36,8 +36,9 @@ from sidt.data import DataConfig, load_data
 from sidt.distillation import distillation_loss
 from sidt.evaluation import correct
 from sidt.files import read_json, replacing, write_json
-from sidt.gates import GateConfig, Placement, learn_gates
+from sidt.gates import GateConfig, learn_gates
 from sidt.importance import Importance
+from sidt.placements import Placement
 from sidt.report import table
 from sidt.space import space_for
 from sidt.surgery import slice_model

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from sidt import Budget, DimensionPlan, allocate, importance, space_for
 from sidt.allocation import uniform
+from sidt.clock import whereabouts
 from sidt.complexity import report
 from sidt.importance import Importance
 from sidt.latency import LayerLatencies
 from sidt.report import table
 from sidt.space import DimensionSpace
-from sidt.timing import fit_latency, measure_layers, time_plans, timed_layers, whereabouts
+from sidt.timing import fit_latency, measure_layers, time_plans, timed_layers
 
 HERE = Path(__file__).parent
 MODELS = "deit_small_patch16_224,swin_tiny_patch4_window7_224"

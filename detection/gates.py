@@ -21,8 +21,9 @@ from sidt.detection.settings import Settings
 from sidt.detection.training import train
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS, Kind
-from sidt.gates import Gates, Placement, gated
+from sidt.gates import Gates, gated
 from sidt.importance import Importance, load_importance
+from sidt.placements import Placement
 from sidt.space import DimensionSpace
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 
 from sidt.config import BudgetConfig
 from sidt.families import INNER_KINDS, Kind
-from sidt.gates import Placement
+from sidt.placements import Placement
 
 
 class TeacherSettings(BaseModel):

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from sidt.checkpoint import create_model, load
+from sidt.clock import whereabouts
 from sidt.complexity import ComplexityReport, Group, report
 from sidt.config import read_config
 from sidt.errors import InputError
@@ -12,7 +13,7 @@ from sidt.plan import load_plan
 from sidt.report import Format, latency_text
 from sidt.runs import PLAN
 from sidt.space import space_for
-from sidt.timing import compare_layers, whereabouts
+from sidt.timing import compare_layers
 from sidt.trace import InputSize
 
 

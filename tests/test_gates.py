@@ -13,10 +13,12 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from sidt import pipeline
+from sidt.checkpoint import load
 from sidt.families import INNER_KINDS, KINDS
 from sidt.gates import GateConfig, gated, learn_gates
 from sidt.importance import load_importance
 from sidt.plan import DimensionPlan
+from sidt.runs import open_run
 from sidt.space import space_for
 from sidt.surgery import mask_model, slice_model
 
@@ -370,11 +372,11 @@ budget: {{params: 0.6}}
 device: cpu
 """
     )
-    run = pipeline.open_run(path, tmp_path / "run")
+    run = open_run(path, tmp_path / "run")
     pipeline.train(run)
     assert "gates" in pipeline.score(run)
-    space = space_for(pipeline.load(tmp_path / "run" / "dense"))
+    space = space_for(load(tmp_path / "run" / "dense"))
     scores = load_importance(tmp_path / "run" / "scores.safetensors", space).scores
     assert scores["hidden.0"].std() > 0 and scores["hidden.0"].mean() < 1
     with refused("score.gates", "lambdas"):
-        pipeline.score(pipeline.open_run(tmp_path / "run", overrides=("score.options.lambdas=1",)))
+        pipeline.score(open_run(tmp_path / "run", overrides=("score.options.lambdas=1",)))

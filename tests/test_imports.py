@@ -13,7 +13,7 @@ import sidt
 FLOORS = (
     {"errors", "files", "options", "axes", "trace", "families", "space"},
     {"plan", "budget", "complexity", "importance", "latency", "allocation", "attention", "surgery"}
-    | {"moments", "alignment", "batches", "data", "devices", "evaluation"},
+    | {"moments", "alignment", "placements", "clock", "batches", "data", "devices", "evaluation"},
     {"compensation", "training", "gates", "distillation", "checkpoint", "timing", "study"},
     {"config", "report", "runs", "pipeline", "sources"},
     {"cli", "detect_cli", "__init__", "__main__"},

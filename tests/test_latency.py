@@ -17,6 +17,7 @@ from torch import nn
 from sidt import Budget, allocate, importance, slice_model
 from sidt.allocation import Rules
 from sidt.cli import cli
+from sidt.clock import whereabouts
 from sidt.complexity import PlanCosts
 from sidt.errors import InputError
 from sidt.families import INNER_KINDS
@@ -33,7 +34,6 @@ from sidt.timing import (
     measure_layers,
     time_plans,
     timed_layers,
-    whereabouts,
 )
 
 FAMILIES = (VIT_TINY, SWIN, PVT)
