@@ -87,7 +87,7 @@ def sample(data: Dataset[Any], count: int, seed: int) -> Subset[Any]:
 @contextlib.contextmanager
 def claim(file: Path) -> Iterator[bool]:
     """Whether making ``file`` is this process's work: not if it is there, or another process is at it."""
-    lock = file.with_name(file.name + ".lock")
+    lock = _lock(file)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -101,6 +101,10 @@ def claim(file: Path) -> Iterator[bool]:
         yield not file.exists()
     finally:
         lock.unlink()
+
+
+def _lock(file: Path) -> Path:
+    return file.with_name(file.name + ".lock")
 
 
 def _say_if_stale(lock: Path) -> None:
@@ -170,9 +174,9 @@ def rated(cell: Cell, rates: Sequence[float], runs: Path, first: int) -> list[Ce
     if cell.seed == first:
         return [replace(cell, lr=rate) for rate in rates]
     tried = {rate: replace(cell, lr=rate, seed=first).file(runs) for rate in rates}
-    if not all(file.exists() for file in tried.values()):
-        return []
-    results = {rate: read_json(file) for rate, file in tried.items()}
+    if any(_lock(file).exists() for file in tried.values()):
+        return []  # another process is at it
+    results = {rate: read_json(file) for rate, file in tried.items() if file.exists()}
     good = {rate: result["top1"] for rate, result in results.items() if "failed" not in result}
     return [replace(cell, lr=max(good, key=lambda rate: good[rate]))] if good else []
 
