@@ -326,23 +326,26 @@ def all_cells(
     runs: Path,
 ) -> Iterator[Cell]:
     """In the order of work. Nothing is trained at equal multiply-adds."""
-    places = [("dense", "params", 1.0, seeds[0])]
-    places += [(row, kind, share, seed) for seed in seeds for kind, share in targets for row in rows]
-    for row, kind, share, seed in places:
-        if row not in DETERMINISTIC or seed == seeds[0]:
-            yield Cell(row, kind, share, seed)
+    places = [("dense", "params", 1.0)] if "dense" in rows else []
+    places += [(row, *target) for target in targets for row in rows if row != "dense"]
+    for seed in seeds:
+        for row, kind, share in places:
+            if row not in DETERMINISTIC or seed == seeds[0]:
+                yield Cell(row, kind, share, seed)
     for seed in seeds:
         for training in trainings:
-            here = [("dense", "params", 1.0, seed), *(place for place in places[1:] if place[1::2] == ("params", seed))]
-            for place in here:
-                yield from rated(Cell(*place, **training), rates, runs, seeds[0])
+            for row, kind, share in places:
+                if kind == "params":
+                    yield from rated(Cell(row, kind, share, seed, **training), rates, runs, seeds[0])
 
 
 @click.command()
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", type=click.Choice(["vit", "swin"]), default="vit", show_default=True)
-@click.option("--rows", default=",".join(ROWS), show_default=True, help="To work on; the results have all there are.")
+@click.option(
+    "--rows", default=",".join(("dense", *ROWS)), show_default=True, help="To work on; the results have all there are."
+)
 @click.option("--budgets", default="0.8,0.6,0.4", show_default=True, help="Of the parameters, and of the MACs.")
 @click.option("--kinds", default="params,macs", show_default=True, help="What the budgets are of.")
 @click.option("--seeds", default="0,1,2", show_default=True)
@@ -376,8 +379,8 @@ def main(
     picture: Path | None,
 ) -> None:
     """Do what is not there yet, then write the results of what is."""
-    if unknown := set(rows.split(",")) - set(ROWS):
-        raise click.ClickException(f"no row {sorted(unknown)[0]!r}; the rows are {', '.join(ROWS)}")
+    if unknown := set(rows.split(",")) - {"dense", *ROWS}:
+        raise click.ClickException(f"no row {sorted(unknown)[0]!r}; the rows are dense, {', '.join(ROWS)}")
     where, runs = environment(), runs / model
     out = out or HERE / "results" / f"classification_{model}"
     suffix = "" if model == "vit" else f"_{model}"
@@ -414,7 +417,7 @@ def main(
     work(list(cells(wanted)), runs, make)
     if missing := sum(not cell.file(runs).exists() for cell in cells(wanted)):
         click.echo(f"{missing} cells are not there yet: other processes are at them")
-    there = [cell for cell in cells(list(ROWS)) if cell.file(runs).exists()]
+    there = [cell for cell in cells(["dense", *ROWS]) if cell.file(runs).exists()]
     if latency:
         write_json(runs / "latency.json", latencies(there, runs, given))
     timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}

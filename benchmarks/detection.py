@@ -4,14 +4,15 @@
 
 For every seed: the small detector of configs/detection/digits_<backbone>.py is trained; its backbone is scored by the
 detector's loss and by the cross-entropy of a linear classifier of single digits on the same backbone; plans of equal
-multiply-adds are sliced and fine-tuned alike. Without fine-tuning, both are compared with the scores that other tools
-rank by, and with themselves after alignment and least squares. Everything is kept below --runs, so a stopped benchmark
-goes on.
+multiply-adds are sliced, repaired and fine-tuned alike. Without fine-tuning, both are compared with the scores that
+other tools rank by, and with themselves without alignment and repair. Everything is kept below --runs, so a stopped
+benchmark goes on.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -39,7 +40,7 @@ from sidt.detection.loss import detector_loss, read_batches
 from sidt.detection.runs import DetectionRun, input_size, open_run
 from sidt.files import read_json, write_json
 from sidt.importance import Importance
-from sidt.moments import measure_moments
+from sidt.moments import Moments, measure_moments
 from sidt.report import table
 from sidt.space import DimensionSpace
 from sidt.surgery import slice_model
@@ -48,6 +49,11 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
 CURVE = (0.8, 0.6, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
+FINETUNED = ("SiDT repair, detection loss", "SiDT repair, classification")
+STEPS = ("sliced", "fine-tuned")
+
+
+Level = Literal["unit", "parameter"]
 
 
 class Classifier(nn.Module):
@@ -95,75 +101,78 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
     space = detector_space(detector, config.model, input_size(run))
     batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
     classifier, digits, accuracy = digit_classifier(detector, config, space, seed)
-    scores = {
-        "detection loss": criteria.taylor(detector, batches, detector_loss, space=space),
-        "classification": criteria.taylor(classifier, digits, space=space),
-    }
-    curves = all_curves(folder / "curves", detector, config, space, batches, digits, classifier, scores)
-    plans: dict[str, Any] = {"dense": None}
-    for share in shares:
-        for name, score in scores.items():
-            plans[f"{1 - share:.0%} fewer MACs, {name}"] = allocate(score, Budget(macs=share))
+    ways = methods(detector, batches, digits, classifier, space)
+    curves = all_curves(folder / "curves", config, ways)
     rows = {}
-    for name, plan in plans.items():
+    for name, share, way in [("dense", 1.0, ""), *(_row(way, share) for share in shares for way in FINETUNED)]:
         place = folder / "rows" / name.replace(" ", "_").replace(",", "").replace("%", "")
         part = DetectionRun(place, run.config, run.settings)
         if not (place / "row.json").is_file():
-            small = detector if plan is None else slice_model(detector, plan)
+            small = ways[way](share) if way else detector
             save_detector(small, config, place / "sliced", source_of(config, "train_dataloader").classes)
             click.echo(f"seed {seed}, {name}: {pipeline.finetune(part)}")
             row = {
                 step: pipeline.evaluate_detector(where, config, space.trace.input_size, latency=False)
                 for step, where in (("sliced", place / "sliced"), ("fine-tuned", place))
             }
-            cost = parts(space, None if plan is None else plan.sizes)["backbone"]
+            cost = parts(space, small.sidt_plan.sizes if way else None)["backbone"]
             write_json(place / "row.json", row | {"backbone": {"params": cost.params, "macs": cost.macs}})
         rows[name] = read_json(place / "row.json")
         click.echo(f"seed {seed}, {name}: " + ", ".join(f"{s} {rows[name][s]['bbox']['AP']:.3f}" for s in STEPS))
     return {"seed": seed, "classifier_accuracy": accuracy, "rows": rows, "curves": curves}
 
 
-def all_curves(
-    folder: Path,
-    detector: nn.Module,
-    config: Config,
-    space: DimensionSpace,
-    batches: list[Any],
-    digits: Any,
-    classifier: Classifier,
-    scores: dict[str, Importance],
-) -> dict[str, list[float]]:
-    """Test AP without fine-tuning at every share of ``CURVE``, for every way to score; a file for each."""
+def _row(way: str, share: float) -> tuple[str, float, str]:
+    return f"{1 - share:.0%} fewer MACs, {way}", share, way
 
-    def sliced(score: Importance) -> list[float]:
-        return curve(config, (slice_model(detector, allocate(score, Budget(macs=share))) for share in CURVE))
 
-    def repaired(on_classes: bool) -> list[float]:
-        base, moments = align(detector, measure_moments(detector, batches, forward=detector_loss, space=space))
-        if on_classes:
-            own = Classifier(base.backbone)
-            own.head = classifier.head
-            score = criteria.taylor(own, digits, space=space)
-        else:
-            score = criteria.taylor(base, batches, detector_loss, space=space)
-        return curve(config, (compensate(base, allocate(score, Budget(macs=share)), moments) for share in CURVE))
+def methods(
+    detector: nn.Module, batches: list[Any], digits: Any, classifier: Classifier, space: DimensionSpace
+) -> dict[str, Callable[[float], nn.Module]]:
+    """Ways to a smaller detector, each from the share of the backbone's multiply-adds that is left."""
 
-    loss = {"loss": detector_loss, "space": space}
-    ways: dict[str, Callable[[], list[float]]] = {
-        "L2": lambda: sliced(criteria.magnitude(detector, p=2, space=space)),
-        "Taylor of each parameter, detection loss": lambda: sliced(
-            criteria.taylor(detector, batches, level="parameter", **loss)
-        ),
-        "Taylor, classification": lambda: sliced(scores["classification"]),
-        "Taylor, detection loss": lambda: sliced(scores["detection loss"]),
-        "SiDT repair, classification": lambda: repaired(True),
-        "SiDT repair, detection loss": lambda: repaired(False),
+    def by_detection(model: nn.Module, level: Level = "unit") -> Importance:
+        return criteria.taylor(model, batches, detector_loss, level=level, space=space)
+
+    def by_classes(model: nn.Module) -> Importance:
+        own = Classifier(model.backbone)
+        own.head = classifier.head
+        return criteria.taylor(own, digits, space=space)
+
+    def sliced(score: Callable[[nn.Module], Importance]) -> Callable[[float], nn.Module]:
+        once = cache(score)
+        return lambda share: slice_model(detector, allocate(once(detector), Budget(macs=share)))
+
+    @cache
+    def aligned() -> tuple[nn.Module, Moments]:
+        return align(detector, measure_moments(detector, batches, forward=detector_loss, space=space))
+
+    def repaired(score: Callable[[nn.Module], Importance]) -> Callable[[float], nn.Module]:
+        once = cache(score)
+
+        def make(share: float) -> nn.Module:
+            base, moments = aligned()
+            return compensate(base, allocate(once(base), Budget(macs=share)), moments)
+
+        return make
+
+    return {
+        "L2": sliced(partial(criteria.magnitude, p=2, space=space)),
+        "Taylor of each parameter, detection loss": sliced(partial(by_detection, level="parameter")),
+        "Taylor, classification": sliced(by_classes),
+        "Taylor, detection loss": sliced(by_detection),
+        "SiDT repair, classification": repaired(by_classes),
+        "SiDT repair, detection loss": repaired(by_detection),
     }
+
+
+def all_curves(folder: Path, config: Config, ways: dict[str, Callable[[float], nn.Module]]) -> dict[str, list[float]]:
+    """Test AP without fine-tuning at every share of ``CURVE``, for every way; a file for each."""
     found = {}
     for name, way in ways.items():
         file = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
         if not file.is_file():
-            write_json(file, way())
+            write_json(file, curve(config, (way(share) for share in CURVE)))
         found[name] = read_json(file)
         click.echo(f"{name}: " + " ".join(f"{100 * ap:.1f}" for ap in found[name]))
     return found
@@ -174,9 +183,6 @@ def curve(config: Config, smaller: Iterable[nn.Module]) -> list[float]:
     source = source_of(config, "test_dataloader")
     loader = Runner.build_dataloader(config.test_dataloader, seed=0)
     return [float(average_precision(d, loader, source.annotations, source.classes)[0]) for d in smaller]
-
-
-STEPS = ("sliced", "fine-tuned")
 
 
 def spread(values: list[float]) -> str:
@@ -190,8 +196,8 @@ def spread(values: list[float]) -> str:
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--shares", default="0.8,0.6", show_default=True, help="Multiply-adds that are left of the backbone.")
 @click.option("--runs", default="runs/detection", type=click.Path(path_type=Path), show_default=True)
-@click.option("--out", default=str(HERE / "results" / "detection"), type=click.Path(path_type=Path))
-def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/detection_BACKBONE.")
+def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path | None) -> None:
     """Run all seeds, then write the results."""
     where = environment()
     click.echo(write_digits(runs / "digits"))
@@ -212,7 +218,7 @@ def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path) -> None:
     images = len(read_json(runs / "digits" / "annotations" / "val.json")["images"])
     notes = (
         f"COCO box AP on the {images} test images, mean +- standard deviation over the seeds {seeds} (of training, "
-        "score images and held-out digits). The first two columns are of the sliced detector as it is, the next two "
+        "score images and held-out digits). The first two columns are of the smaller detector as it is, the next two "
         f"after the fine-tuning of the config. Scores: group Taylor on {SCORE_IMAGES} images; plain ranking at equal "
         "multiply-adds of the backbone, no search. Accuracy of the linear digit classifier on the detector's backbone: "
         f"{accuracies}."
@@ -224,6 +230,7 @@ def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path) -> None:
     ]
     shares_left = [f"{share:.0%} of the MACs" for share in CURVE]
     text += "\n\nAP sliced, not fine-tuned, by what is left:\n\n" + table(["scores", *shares_left], lines, "md")
+    out = out or HERE / "results" / f"detection_{backbone}"
     write_results(out, f"The digits detection set, digits_{backbone}.py", where, f"{text}\n\n{notes}", found)
     click.echo(text)
 
