@@ -7,7 +7,7 @@ from mmdet.models.backbones.pvt import MixFFN, SpatialReductionAttention
 from mmdet.models.backbones.swin import WindowMSA
 from torch import Tensor, nn
 
-from sidt.attention import Forward, fills_the_width, split_qkv
+from sidt.attention import Forward, attend, fills_the_width, split_qkv
 
 
 class SlicedWindowMSA(WindowMSA):
@@ -23,7 +23,7 @@ class SlicedWindowMSA(WindowMSA):
         if mask is not None:
             bias = (bias + mask.to(bias).unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, bias, drop, scale=self.scale)
+        x = attend(q, k, v, bias, drop, scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -50,7 +50,7 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )  # [B, heads, tokens, size]
         drop = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+        x = attend(q, k, v, dropout=drop, scale=self.scale)
         return self.out_proj(x.permute(2, 0, 1, 3).flatten(2)), None
 
 
