@@ -23,9 +23,9 @@ import numpy as np
 import ours
 import torch
 from cells import DETERMINISTIC, RIVALS, Cell, Method, Setting, cached, rated, sample, work
-from matplotlib.figure import Figure
 from results import environment, write_results
 from rivals import fastnas, load_shapes, save_shapes, torch_pruning
+from summary import collected, draw, label, margins, summary, tables
 from torch import Tensor, nn
 
 from sidt import importance as criteria
@@ -35,11 +35,10 @@ from sidt.complexity import measure, time_forward
 from sidt.data import DataConfig, load_data
 from sidt.distillation import distillation_loss
 from sidt.evaluation import correct
-from sidt.files import read_json, replacing, write_json
+from sidt.files import read_json, write_json
 from sidt.gates import GateConfig, learn_gates
 from sidt.importance import Importance
 from sidt.placements import Placement
-from sidt.report import table
 from sidt.space import space_for
 from sidt.surgery import slice_model
 from sidt.training import TrainConfig, fit
@@ -186,123 +185,13 @@ def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
     return found
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def summary(cells: Sequence[Cell], runs: Path, timed: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every row and target: means over the seeds, by step."""
-    rows: dict[tuple[str, str, float], dict[str, Any]] = {}
-    for cell in cells:
-        steps = rows.setdefault((cell.row, cell.kind, cell.share), {})
-        steps.setdefault(cell.step, {}).setdefault(f"{cell.lr:g}", []).append(read_json(cell.file(runs)))
-    summed = []
-    for (row, kind, share), steps in rows.items():
-        each = steps["no training"]["0"]
-        good = [result for result in each if "failed" not in result]
-        found: dict[str, Any] = {"row": row, "kind": kind, "share": share}
-        if not good:
-            summed.append(found | {"failed": each[0]["failed"]})
-            continue
-        found |= {key: float(np.mean([result[key] for result in good])) for key in ("params", "macs", "seconds")}
-        found |= {"info": [result["info"] for result in good], "latency_ms": timed.get(_label(row, kind, share))}
-        found["seeds_failed"] = len(each) - len(good)
-        found["top1"] = {step: best for step, rates in steps.items() if (best := _best(rates))}
-        summed.append(found)
-    return summed
-
-
-def _best(rates: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """At the learning rate that was best with the first seed, and what the first seed gave at each."""
-    good = {lr: results for lr, results in rates.items() if "failed" not in results[0]}
-    if not good:
-        return None
-    first = {lr: results[0]["top1"] for lr, results in good.items()}
-    best = max(first, key=lambda lr: first[lr])
-    mean = _mean(good[best])
-    return mean and mean | {"lr": float(best), "rates": first}
-
-
-def _mean(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Mean over seeds, its standard error over the test images, and the standard deviation over seeds."""
-    good = [result for result in results if "failed" not in result]
-    if not good:
-        return None
-    hits = np.mean([_hits(result) for result in good], axis=0)
-    each = [result["top1"] for result in good]
-    spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return {"mean": float(hits.mean()), "error": float(hits.std() / np.sqrt(len(hits))), "sd": spread, "each": each}
-
-
-def _hits(result: dict[str, Any]) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(result["hits"]), np.uint8))[: result["n"]].astype(float)
-
-
-def _label(row: str, kind: str, share: float) -> str:
-    return f"{row} {kind} {share:g}"
-
-
-def tables(rows: list[dict[str, Any]]) -> str:
-    """A markdown table for every target, the dense model in each, best first, and what failed."""
-    dense = next(row for row in rows if row["row"] == "dense")
-    steps = list(dict.fromkeys(step for row in rows for step in row.get("top1", {})))
-    texts = []
-    for kind, share in dict.fromkeys((row["kind"], row["share"]) for row in rows if row["row"] != "dense"):
-        here = [row for row in rows if (row["kind"], row["share"]) == (kind, share) and row["row"] != "dense"]
-        done = sorted((r for r in here if "top1" in r), key=lambda r: -r["top1"]["no training"]["mean"])
-        headers = ["", *(f"top-1, {step}" for step in steps), "params", "MACs", "method (s)", "ms, 1", "ms, 32"]
-        lines = [
-            [
-                row["row"] + (f" ({row['seeds_failed']} seeds failed)" if row["seeds_failed"] else ""),
-                *(_percent(row["top1"].get(step)) for step in steps),
-                *(f"{row[key]:,.0f} ({row[key] / dense[key]:.1%})" for key in ("params", "macs")),
-                f"{row['seconds']:.0f}",
-                *(f"{row['latency_ms'][n]:.1f}" if row["latency_ms"] else "-" for n in ("1", "32")),
-            ]
-            for row in [dense, *done]
-        ]
-        failed = [f"- {row['row']}: {row['failed']}" for row in here if "failed" in row]
-        name = "parameters" if kind == "params" else "MACs"
-        texts.append("\n\n".join([f"## {share:.0%} of the {name}", table(headers, lines, "md"), *failed]))
-    return "\n\n".join(texts)
-
-
-def _percent(top1: dict[str, Any] | None) -> str:
-    if top1 is None:
-        return "-"
-    seeds = f" (sd {100 * top1['sd']:.1f})" if top1["sd"] is not None else ""
-    rate = f" at {top1['lr']:g}" if top1["lr"] else ""
-    return f"{100 * top1['mean']:.1f} +- {100 * top1['error']:.1f}{seeds}{rate}"
-
-
-def draw(results: Path, picture: Path) -> None:
-    """Top-1 against the parameters left, one line a row, without and with training, from the results' JSON."""
-    rows = read_json(results)["results"]["rows"]
-    dense = next(row for row in rows if row["row"] == "dense")
-    names = list(dict.fromkeys(row["row"] for row in rows if row["kind"] == "params" and row is not dense))
-    untrained, *trained = (step for step in dense["top1"] if "teacher" not in step)
-    wanted = [untrained, *trained[-1:]]  # the longest training comes last
-    figure = Figure(figsize=(0.8 + 4.6 * len(wanted), 4.4), layout="constrained")
-    for axes, step in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
-        for number, name in enumerate(names):
-            points = [r for r in rows if r["row"] == name and r["kind"] == "params" and step in r.get("top1", {})]
-            points = sorted([*points, dense], key=lambda row: row["params"])
-            left = [100 * row["params"] / dense["params"] for row in points]
-            means, errors = ([100 * row["top1"][step][key] for row in points] for key in ("mean", "error"))
-            style = {"color": f"C{number % 10}", "marker": "osv^DPX*"[number % 8], "markersize": 4, "capsize": 2}
-            axes.errorbar(left, means, errors, label=name, linestyle="-" if number < 10 else "--", **style)
-        axes.set_title(step)
-        axes.set_xlabel("parameters left (%)")
-        axes.set_ylabel("top-1 (%)")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    with replacing(picture) as temporary:
-        figure.savefig(temporary, dpi=150)
+# --- latency ----------------------------------------------------------------------------------------------------------
 
 
 def latencies(cells: Sequence[Cell], runs: Path, setting: Setting, rounds: int = 5) -> dict[str, dict[str, float]]:
     """Median milliseconds of 1 and of 32 images on this CPU, all models in turn, so that drift falls on all alike."""
     models = {
-        _label(cell.row, cell.kind, cell.share): model_of(cell, setting, runs).cpu()
+        label(cell.row, cell.kind, cell.share): model_of(cell, setting, runs).cpu()
         for cell in cells
         if cell.step == "no training" and cell.seed == cells[0].seed and (cell.folder(runs) / "model").is_dir()
     }
@@ -421,8 +310,9 @@ def main(
     if latency:
         write_json(runs / "latency.json", latencies(there, runs, given))
     timed = read_json(runs / "latency.json") if (runs / "latency.json").exists() else {}
-    found = summary(there, runs, timed)
-    text = tables(found)
+    results = collected(there, runs)
+    found = summary(results, timed)
+    text = f"{tables(found)}\n\n## Beside the best rival and the dense model\n\n{margins(results)}"
     notes = (
         f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "
         "calibration images, random scores and training) +- its standard error over the images, and (sd) the standard "
