@@ -24,10 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR100
 from torchvision.transforms import v2
 
-from sidt.batches import make_loader, rechunk
 from sidt.errors import InputError
-
-__all__ = ["DataConfig", "DataError", "ImageData", "Splits", "load_data", "make_loader", "rechunk"]
 
 Augmentation = Literal["none", "crop", "crop-flip", "imagenet"]
 

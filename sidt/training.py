@@ -29,19 +29,8 @@ from tqdm import tqdm
 from sidt.batches import make_loader
 from sidt.devices import own_accelerator, resolve_device, seeded_on
 from sidt.errors import InputError
-from sidt.evaluation import check_classes, check_data, correct, heads_of, top1
+from sidt.evaluation import check_data, heads_of, top1
 from sidt.files import read_json, replacing, write_json
-
-__all__ = [
-    "DivergedError",
-    "TrainConfig",
-    "check_classes",
-    "correct",
-    "finetune",
-    "fit",
-    "resolve_device",
-    "top1",
-]
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

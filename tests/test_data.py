@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from sidt import data
-from sidt.data import DataConfig, load_data, make_loader, rechunk
+from sidt.batches import make_loader, rechunk
+from sidt.data import DataConfig, load_data
 from sidt.errors import InputError
 
 CLASSES = ("10", "9", "ape", "bee")  # timm alone would put 9 before 10

@@ -13,17 +13,10 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from sidt.devices import resolve_device
 from sidt.errors import InputError
-from sidt.training import (
-    DivergedError,
-    TrainConfig,
-    check_classes,
-    correct,
-    finetune,
-    fit,
-    resolve_device,
-    top1,
-)
+from sidt.evaluation import check_classes, correct, top1
+from sidt.training import DivergedError, TrainConfig, finetune, fit
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
