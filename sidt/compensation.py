@@ -170,9 +170,14 @@ def refit(weight: Tensor, cross: Tensor, moment: Tensor) -> Tensor:
         weight: [out, in], what a small ridge pulls to.
         cross: [out, in], the mean of ``y x^T`` over what the layer should write and what it reads.
         moment: [in, in], the mean of ``x x^T``.
+
+    Raises:
+        InputError: a moment is not finite.
     """
     if not moment.numel():
         return weight
+    if not (moment.isfinite().all() and cross.isfinite().all()):
+        raise InputError("what a layer reads or writes is not finite; check the model's weights and the images")
     ridge, identity = _RIDGE * moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype)
     while True:
         root, failed = torch.linalg.cholesky_ex(moment + ridge * identity)

@@ -75,7 +75,7 @@ def measure_moments(
         space: the model's space, if it is at hand.
 
     Raises:
-        InputError: there is no batch.
+        InputError: there is no batch, or what a layer reads is not finite.
     """
     space = space or space_for(model)
     wanted = {name for name, place in space.places.items() if not place.is_buffer and _is_wanted(space, place.axes)}
@@ -95,6 +95,8 @@ def measure_moments(
             seen += 1
     if not seen:
         raise InputError("the moments got no batch; give at least one image")
+    if bad := next((name for (name, _), total in totals.items() if not total.isfinite().all()), None):
+        raise InputError(f"what {bad} reads is not finite; check the model's weights and the images")
     return Moments(space, {rows: total / counts[rows] for rows, total in totals.items()})
 
 

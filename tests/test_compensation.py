@@ -224,3 +224,8 @@ def test_mistakes():
     empty = Moments(moments.space, {})
     with pytest.raises(InputError, match=r"no calibration image went through blocks\.0"):
         compensate(model, random_plan(moments.space, 0, INNER_KINDS), empty)
+    images = torch.full_like(VIT_TINY.images(2), torch.nan)
+    with pytest.raises(InputError, match=r"blocks\.0\S* reads is not finite"):
+        measure_moments(model, [(images, NO_LABELS)])
+    with pytest.raises(InputError, match="not finite"):
+        refit(torch.ones(2, 2), torch.ones(2, 2), torch.full((2, 2), torch.nan))
