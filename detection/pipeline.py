@@ -245,18 +245,19 @@ def evaluate_detector(
 
     Args:
         folder: the detector's.
-        config: its config, perhaps with other test data.
+        config: says the test data and how it is scored; the model is the folder's own.
         input_size: channels, height, width of the image that costs are stated at.
         launcher: MMEngine's, for several processes.
         per_class: whether to give the AP of each class too.
         latency: whether to time the detector.
         device: where it is timed; MMEngine tests on a GPU if there is one.
     """
-    detector, _ = load_detector(folder)
+    detector, own = load_detector(folder)
     source = source_of(config, _TEST)
     _check_source(source)
     check_classes(detector, source.classes, config)
     config = prepared(config, folder / "evaluation", launcher)
+    config.model = own.model  # MMEngine leaves weights of another size out, and only logs it
     config.load_from = str(folder / WEIGHTS)
     row: dict[str, Any] = dict(test(config, folder / "evaluation", per_class=per_class))
     space = detector_space(detector, config.model, input_size)

@@ -32,7 +32,7 @@ from sidt.detection.checkpoints import load_detector, weights_digest
 from sidt.detection.configs import build_detector, read_config
 from sidt.detection.detector import detector_space, parts
 from sidt.detection.loss import detector_loss, read_batches
-from sidt.detection.runs import open_run
+from sidt.detection.runs import open_detector, open_run
 from sidt.errors import InputError
 
 
@@ -108,6 +108,20 @@ def test_evaluation_has_scores_and_costs(run):
         assert row["latency_ms"] > 0 and row["macs"]["backbone"] > row["macs"]["neck"] > 0
     assert rows["sliced"]["macs"]["backbone"] < rows["dense"]["macs"]["backbone"]
     assert rows["sliced"]["macs"]["bbox_head"] == rows["dense"]["macs"]["bbox_head"]
+
+
+def test_a_detector_is_evaluated_as_its_own_model(run, moved):
+    """A config of other sizes says where the images are; MMEngine would leave out all weights that do not fit it."""
+    config = open_detector(open_run(run), run / "dense")[1]
+    pipeline.evaluate_detector(moved, config, (3, 64, 64), latency=False)
+    found, expected = (json.loads((place / "evaluation" / "results.bbox.json").read_text()) for place in (moved, run))
+    assert len(found) == len(expected) > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == {
+            **theirs,
+            "score": pytest.approx(theirs["score"], rel=1e-5),
+            "bbox": pytest.approx(theirs["bbox"]),
+        }
 
 
 def test_the_held_out_images_are_not_trained_on(run, data):
