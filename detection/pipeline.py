@@ -171,7 +171,7 @@ def search(run: DetectionRun, say: Say) -> str:
         },
     )
     sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
-    if settings.repair:
+    if settings.repair and "width" in settings.kinds:
         batches = read_batches(config, settings.score_images, batch_size=1, seed=settings.seed)
         sliced = refit_width(detector, sliced, result.plan, batches, forward=detector_loss)
     save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sidt.axes import kept_indices, names
 from sidt.errors import InputError
@@ -72,6 +73,7 @@ def refit_width(
     batches: Iterable[Any],
     *,
     forward: Forward = run_images,
+    progress: bool = True,
 ) -> Model:
     """Refit the layers that lost width, one after the other in the order they run.
 
@@ -85,6 +87,7 @@ def refit_width(
         plan: by which.
         batches: (images, targets), or what ``forward`` takes; they are kept in memory.
         forward: runs a model on a batch.
+        progress: whether to show a progress bar.
 
     Raises:
         InputError: there is no batch.
@@ -92,14 +95,16 @@ def refit_width(
     Returns:
         A copy of the sliced model; the sliced model itself if it lost no width.
     """
-    space, images, lost = plan.space, list(batches), _lost_width(plan)
-    if not images:
-        raise InputError("the repair of the width got no batch; give at least one image")
+    space, lost = plan.space, _lost_width(plan)
     if not lost:
         return sliced
+    images = list(batches)
+    if not images:
+        raise InputError("the repair of the width got no batch; give at least one image")
     dense, result, twin = explicit(model, space), copy.deepcopy(sliced), explicit(sliced, space)
     with torch.no_grad():
-        for rows in _order(dense, lost, images[0], forward):
+        order = _order(dense, lost, images[0], forward)
+        for rows in tqdm(order, desc="repair of the width", disable=not progress):
             _refit_one(dense, twin, rows, plan, images, forward)
     result.load_state_dict(twin.state_dict())
     return result

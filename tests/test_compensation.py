@@ -220,7 +220,7 @@ def test_mistakes():
     with pytest.raises(InputError, match="no batch"):
         measure_moments(model, [])
     with pytest.raises(InputError, match="no batch"):
-        refit_width(model, model, DimensionPlan(moments.space, {}), [])
+        refit_width(model, model, random_plan(moments.space, 0, ("width",)), [])
     empty = Moments(moments.space, {})
     with pytest.raises(InputError, match=r"no calibration image went through blocks\.0"):
         compensate(model, random_plan(moments.space, 0, INNER_KINDS), empty)
