@@ -145,6 +145,7 @@ def draw(results: Path, picture: Path) -> None:
         axes.set_xlabel("parameters left (%)")
         axes.set_ylabel("top-1 (%)")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if names:
+        axes.legend(fontsize=7)
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=150)
