@@ -235,6 +235,7 @@ def all_cells(
 @click.option(
     "--rows", default=",".join(("dense", *ROWS)), show_default=True, help="To work on; the results have all there are."
 )
+@click.option("--collect", is_flag=True, help="Work on nothing: only write the results of what is there.")
 @click.option("--budgets", default="0.8,0.6,0.4", show_default=True, help="Of the parameters, and of the MACs.")
 @click.option("--kinds", default="params,macs", show_default=True, help="What the budgets are of.")
 @click.option("--seeds", default="0,1,2", show_default=True)
@@ -254,6 +255,7 @@ def main(
     weights: Path,
     model: str,
     rows: str,
+    collect: bool,
     budgets: str,
     kinds: str,
     seeds: str,
@@ -301,7 +303,7 @@ def main(
     numbers = [int(seed) for seed in seeds.split(",")]
     rates = [float(rate) for rate in lr.split(",")]
     cells = partial(all_cells, targets=targets, seeds=numbers, trainings=trainings, rates=rates, runs=runs)
-    wanted = rows.split(",")
+    wanted = [] if collect else rows.split(",")
     work(list(cells(wanted, seeds=numbers[:1])), runs, make)
     work(list(cells(wanted)), runs, make)
     if missing := sum(not cell.file(runs).exists() for cell in cells(wanted)):
