@@ -52,10 +52,10 @@ def margins(rows: dict[tuple[str, str, float], dict[str, Results]]) -> str:
         for step, results in steps.items():
             theirs = {name: found for name, each in rivals.items() if (found := _best(each.get(step, {})))}
             mine, whole = _best(results), _best(dense.get(step, {}))
-            if not mine or not theirs or not whole:
+            if not mine or not theirs:
                 continue
             best = max(theirs, key=lambda name: _hits(theirs[name][1]).mean())
-            above = [_above(mine[1], other[1]) for other in (theirs[best], whole)]
+            above = [_above(mine[1], other[1]) if other else "-" for other in (theirs[best], whole)]
             lines.append([f"{1 - share:.0%} fewer {_NAMES[kind]}", step, best, *above])
     headers = ["", "step", "the best rival", f"{OURS} above it", "above dense, trained alike"]
     return table(headers, lines, "md")
