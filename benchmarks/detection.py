@@ -4,9 +4,8 @@
 
 For every seed: the small detector of configs/detection/digits_<backbone>.py is trained; its backbone is scored by the
 detector's loss and by the cross-entropy of a linear classifier of single digits on the same backbone; plans of equal
-multiply-adds are sliced, repaired and fine-tuned alike. Without fine-tuning, both are compared with the scores that
-other tools rank by, and with themselves without alignment and repair. Everything is kept below --runs, so a stopped
-benchmark goes on.
+multiply-adds are sliced, repaired and fine-tuned alike, beside the scores that other tools rank by. Everything is kept
+below --runs, so a stopped benchmark goes on.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,7 +48,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
 CURVE = (0.8, 0.6, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
-FINETUNED = ("SiDT repair, detection loss", "SiDT repair, classification")
+FINETUNED = ("L2", "Taylor, detection loss", "SiDT repair, detection loss", "SiDT repair, classification")
 STEPS = ("sliced", "fine-tuned")
 
 
