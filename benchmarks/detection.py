@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
 CURVE = (0.8, 0.6, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
-FINETUNED = ("L2", "Taylor, detection loss", "SiDT repair, detection loss", "SiDT repair, classification")
+FINETUNED = ("Taylor, detection loss", "SiDT repair, detection loss", "SiDT repair, classification")
 STEPS = ("sliced", "fine-tuned")
 
 
