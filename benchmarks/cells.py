@@ -15,13 +15,13 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from sidt.batches import make_loader
-from sidt.budget import Budget
-from sidt.complexity import measure
-from sidt.data import Splits
+from sidt.cost.budget import Budget
+from sidt.cost.complexity import measure
 from sidt.errors import InputError
 from sidt.files import read_json, replacing, write_json
-from sidt.space import DimensionSpace
+from sidt.space.space import DimensionSpace
+from sidt.training.batches import make_loader
+from sidt.training.data import Splits
 
 RIVALS = ("Torch-Pruning", "ModelOpt FastNAS")
 # One seed's model is every seed's. The rivals' would differ, but choosing one takes them ten minutes a target.

@@ -29,19 +29,19 @@ from summary import collected, draw, label, margins, summary, tables
 from torch import Tensor, nn
 
 from sidt import importance as criteria
-from sidt.allocation import allocate
-from sidt.checkpoint import create_model, fit_weights, load, load_weights, save
-from sidt.complexity import measure, time_forward
-from sidt.data import DataConfig, load_data
-from sidt.distillation import distillation_loss
-from sidt.evaluation import correct
+from sidt.allocation.greedy import allocate
+from sidt.cost.complexity import measure, time_forward
+from sidt.export.checkpoint import create_model, fit_weights, load, load_weights, save
 from sidt.files import read_json, write_json
-from sidt.gates import GateConfig, learn_gates
 from sidt.importance import Importance
-from sidt.placements import Placement
-from sidt.space import space_for
-from sidt.surgery import slice_model
-from sidt.training import TrainConfig, fit
+from sidt.importance.gates import GateConfig, learn_gates
+from sidt.importance.placements import Placement
+from sidt.space.space import space_for
+from sidt.surgery.slicing import slice_model
+from sidt.training.data import DataConfig, load_data
+from sidt.training.distillation import distillation_loss
+from sidt.training.evaluation import correct
+from sidt.training.loop import TrainConfig, fit
 
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})

@@ -13,11 +13,11 @@ from typing import Any
 import click
 from results import environment, write_results
 
-from sidt.detection import pipeline
-from sidt.detection.checkpoints import WEIGHTS, load_detector
-from sidt.detection.configs import with_data
-from sidt.detection.evaluation import results_table
-from sidt.detection.runs import SEARCH, input_size, open_run
+from sidt.detection.detectors.checkpoints import WEIGHTS, load_detector
+from sidt.detection.detectors.configs import with_data
+from sidt.detection.runs import pipeline
+from sidt.detection.runs.folder import SEARCH, input_size, open_run
+from sidt.detection.training.evaluation import results_table
 from sidt.files import read_json, write_json
 
 HERE = Path(__file__).parent

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidt.axes import Array
-from sidt.complexity import PlanCosts, cost_terms, measure, report
-from sidt.plan import DimensionPlan
-from sidt.report import table
-from sidt.space import DimensionSpace, space_for
-from sidt.surgery import slice_model
-from sidt.trace import meta_copy
+from sidt.cost.complexity import PlanCosts, cost_terms, measure, report
+from sidt.runs.report import table
+from sidt.space.axes import Array
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, space_for
+from sidt.space.trace import meta_copy
+from sidt.surgery.slicing import slice_model
 
 HERE = Path(__file__).parent
 REPEATS, PLANS, SLICED, STARTS = 5, 10_000, 3, 10

@@ -23,26 +23,26 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from sidt import importance as criteria
-from sidt.alignment import align
-from sidt.allocation import allocate
-from sidt.batches import make_loader
-from sidt.budget import Budget
-from sidt.compensation import compensate
-from sidt.data import DataConfig, load_data
-from sidt.detection import pipeline
-from sidt.detection.checkpoints import CONFIG, load_detector, save_detector
-from sidt.detection.configs import source_of
-from sidt.detection.detector import detector_space, parts
-from sidt.detection.digits import write_digits
-from sidt.detection.evaluation import average_precision
-from sidt.detection.loss import detector_loss, read_batches
-from sidt.detection.runs import DetectionRun, input_size, open_run
+from sidt.allocation.greedy import allocate
+from sidt.cost.budget import Budget
+from sidt.detection.data.digits import write_digits
+from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
+from sidt.detection.detectors.configs import source_of
+from sidt.detection.detectors.space import detector_space, parts
+from sidt.detection.runs import pipeline
+from sidt.detection.runs.folder import DetectionRun, input_size, open_run
+from sidt.detection.training.evaluation import average_precision
+from sidt.detection.training.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
 from sidt.importance import Importance
-from sidt.moments import Moments, measure_moments
-from sidt.report import table
-from sidt.space import DimensionSpace
-from sidt.surgery import slice_model
+from sidt.runs.report import table
+from sidt.space.space import DimensionSpace
+from sidt.surgery.alignment import align
+from sidt.surgery.compensation import compensate
+from sidt.surgery.moments import Moments, measure_moments
+from sidt.surgery.slicing import slice_model
+from sidt.training.batches import make_loader
+from sidt.training.data import DataConfig, load_data
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"

@@ -24,17 +24,17 @@ from results import environment, write_results
 from torch import Tensor, nn
 
 from sidt import importance
-from sidt.allocation import allocate
-from sidt.batches import make_loader
-from sidt.budget import Budget
-from sidt.checkpoint import load_weights
-from sidt.data import DataConfig, load_data
-from sidt.evaluation import correct
-from sidt.gates import GateConfig, gated, learn_gates
+from sidt.allocation.greedy import allocate
+from sidt.cost.budget import Budget
+from sidt.export.checkpoint import load_weights
 from sidt.importance import Importance
-from sidt.report import table
-from sidt.space import space_for
-from sidt.surgery import slice_model
+from sidt.importance.gates import GateConfig, gated, learn_gates
+from sidt.runs.report import table
+from sidt.space.space import space_for
+from sidt.surgery.slicing import slice_model
+from sidt.training.batches import make_loader
+from sidt.training.data import DataConfig, load_data
+from sidt.training.evaluation import correct
 
 HERE = Path(__file__).parent
 ROUNDS, GOAL, LAMBDA = 9, 1.05, 1e-3

@@ -21,14 +21,14 @@ from results import environment, write_results
 from torch import Tensor, nn
 
 from sidt import Budget, DimensionPlan, allocate, importance, space_for
-from sidt.allocation import uniform
-from sidt.clock import whereabouts
-from sidt.complexity import report
+from sidt.allocation.greedy import uniform
+from sidt.allocation.timing import fit_latency, measure_layers, time_plans, timed_layers
+from sidt.cost.clock import whereabouts
+from sidt.cost.complexity import report
+from sidt.cost.latency import LayerLatencies
 from sidt.importance import Importance
-from sidt.latency import LayerLatencies
-from sidt.report import table
-from sidt.space import DimensionSpace
-from sidt.timing import fit_latency, measure_layers, time_plans, timed_layers
+from sidt.runs.report import table
+from sidt.space.space import DimensionSpace
 
 HERE = Path(__file__).parent
 MODELS = "deit_small_patch16_224,swin_tiny_patch4_window7_224"
@@ -108,7 +108,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     fitted = fit_latency(model, scores, Budget(latency=LEFT), tables, rounds=rounds, say=click.echo)
     plans[LATENCY] = allocate(scores, Budget(latency=LEFT), latencies=fitted)
     seen = time_plans(model, list(plans.values()), names, batch=batch, rounds=rounds)
-    with patch("sidt.attention.attend", as_it_was):
+    with patch("sidt.surgery.attention.attend", as_it_was):
         pair = [plans["dense"], plans["q/k, v, mlp"]]
         before = time_plans(model, pair, names, batch=batch, rounds=rounds)
     dense = macs_by_group(space, groups, space.sizes)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sidt import importance as criteria
-from sidt.alignment import align
-from sidt.allocation import allocate
-from sidt.compensation import compensate, readers
-from sidt.evaluation import log_likelihood
+from sidt.allocation.greedy import allocate
+from sidt.allocation.study import search
 from sidt.importance import Importance
-from sidt.moments import Moments, measure_moments
-from sidt.study import search
+from sidt.surgery.alignment import align
+from sidt.surgery.compensation import compensate, readers
+from sidt.surgery.moments import Moments, measure_moments
+from sidt.training.evaluation import log_likelihood
 
 TRIALS, HELD_OUT, PARTS = 40, 1000, 8
 

@@ -21,10 +21,10 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sidt.batches import make_loader, rechunk
-from sidt.evaluation import top1
 from sidt.files import read_json, replacing, write_json
 from sidt.importance import cross_entropy
+from sidt.training.batches import make_loader, rechunk
+from sidt.training.evaluation import top1
 
 
 def accuracy(model: nn.Module, images: Dataset[Any]) -> float:

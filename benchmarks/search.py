@@ -19,18 +19,18 @@ from torch import nn
 from torch.utils.data import Subset
 
 from sidt import importance as criteria
-from sidt.alignment import align
-from sidt.batches import make_loader
-from sidt.budget import Budget
-from sidt.checkpoint import create_model, load_weights
-from sidt.compensation import compensate
-from sidt.data import DataConfig, load_data
-from sidt.evaluation import correct, log_likelihood
-from sidt.moments import measure_moments
-from sidt.plan import DimensionPlan
-from sidt.report import table
-from sidt.space import space_for
-from sidt.study import Sampler, SearchResult, search
+from sidt.allocation.study import Sampler, SearchResult, search
+from sidt.cost.budget import Budget
+from sidt.export.checkpoint import create_model, load_weights
+from sidt.runs.report import table
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import space_for
+from sidt.surgery.alignment import align
+from sidt.surgery.compensation import compensate
+from sidt.surgery.moments import measure_moments
+from sidt.training.batches import make_loader
+from sidt.training.data import DataConfig, load_data
+from sidt.training.evaluation import correct, log_likelihood
 
 HERE = Path(__file__).parent
 VIT = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100}

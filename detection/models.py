@@ -3,11 +3,11 @@
 The backbones, the neck and the two hooks are registered, and checkpoints may be safetensors files.
 """
 
-from sidt.detection.backbones import TimmBackbone, sliced_backbone
-from sidt.detection.checkpoints import register_safetensors
-from sidt.detection.distillation import TeacherHook
-from sidt.detection.gates import GateHook
-from sidt.detection.pyramid import SimpleFeaturePyramid
+from sidt.detection.detectors.backbones import TimmBackbone, sliced_backbone
+from sidt.detection.detectors.checkpoints import register_safetensors
+from sidt.detection.detectors.pyramid import SimpleFeaturePyramid
+from sidt.detection.training.distillation import TeacherHook
+from sidt.detection.training.gates import GateHook
 
 __all__ = ["GateHook", "SimpleFeaturePyramid", "TeacherHook", "TimmBackbone", "sliced_backbone"]
 

@@ -1,1 +1,1 @@
-"""Search spaces: one YAML file for each family of backbones, read by :mod:`sidt.space`."""
+"""Search spaces: one YAML file for each family of backbones, read by :mod:`sidt.space.space`."""

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sidt import importance
-    from sidt.alignment import align
-    from sidt.allocation import allocate
-    from sidt.budget import Budget
-    from sidt.checkpoint import load, save
-    from sidt.compensation import compensate
-    from sidt.complexity import measure
-    from sidt.distillation import distillation_loss
-    from sidt.gates import gated, learn_gates
-    from sidt.moments import measure_moments
-    from sidt.plan import DimensionPlan, load_plan
-    from sidt.space import space_for
-    from sidt.study import search
-    from sidt.surgery import slice_model
-    from sidt.timing import measure_layers
-    from sidt.training import finetune
+    from sidt.allocation.greedy import allocate
+    from sidt.allocation.study import search
+    from sidt.allocation.timing import measure_layers
+    from sidt.cost.budget import Budget
+    from sidt.cost.complexity import measure
+    from sidt.export.checkpoint import load, save
+    from sidt.importance.gates import gated, learn_gates
+    from sidt.space.plan import DimensionPlan, load_plan
+    from sidt.space.space import space_for
+    from sidt.surgery.alignment import align
+    from sidt.surgery.compensation import compensate
+    from sidt.surgery.moments import measure_moments
+    from sidt.surgery.slicing import slice_model
+    from sidt.training.distillation import distillation_loss
+    from sidt.training.loop import finetune
 
 __all__ = [
     "Budget",
@@ -47,24 +47,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "sidt.budget",
-    "DimensionPlan": "sidt.plan",
-    "align": "sidt.alignment",
-    "allocate": "sidt.allocation",
-    "compensate": "sidt.compensation",
-    "distillation_loss": "sidt.distillation",
-    "finetune": "sidt.training",
-    "gated": "sidt.gates",
-    "learn_gates": "sidt.gates",
-    "load": "sidt.checkpoint",
-    "load_plan": "sidt.plan",
-    "measure": "sidt.complexity",
-    "measure_moments": "sidt.moments",
-    "measure_layers": "sidt.timing",
-    "save": "sidt.checkpoint",
-    "search": "sidt.study",
-    "slice_model": "sidt.surgery",
-    "space_for": "sidt.space",
+    "Budget": "sidt.cost.budget",
+    "DimensionPlan": "sidt.space.plan",
+    "align": "sidt.surgery.alignment",
+    "allocate": "sidt.allocation.greedy",
+    "compensate": "sidt.surgery.compensation",
+    "distillation_loss": "sidt.training.distillation",
+    "finetune": "sidt.training.loop",
+    "gated": "sidt.importance.gates",
+    "learn_gates": "sidt.importance.gates",
+    "load": "sidt.export.checkpoint",
+    "load_plan": "sidt.space.plan",
+    "measure": "sidt.cost.complexity",
+    "measure_moments": "sidt.surgery.moments",
+    "measure_layers": "sidt.allocation.timing",
+    "save": "sidt.export.checkpoint",
+    "search": "sidt.allocation.study",
+    "slice_model": "sidt.surgery.slicing",
+    "space_for": "sidt.space.space",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m sidt`."""
 
-from sidt.cli import main
+from sidt.cli.commands import main
 
 main()

@@ -12,10 +12,10 @@ from timm.layers import LayerNorm, SwiGLU
 from timm.layers.attention import Attention
 from torch import nn
 
-from sidt.families import KINDS
-from sidt.plan import DimensionPlan
-from sidt.space import DimensionSpace, space_for
-from sidt.trace import InputSize
+from sidt.space.families import KINDS
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, space_for
+from sidt.space.trace import InputSize
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from backbones import PVT, SWIN, VIT_TINY, dense
 from torch import nn
 
 from sidt import importance
-from sidt.latency import LayerLatencies, LayerTable, grid_of
-from sidt.timing import timed_layers
+from sidt.allocation.timing import timed_layers
+from sidt.cost.latency import LayerLatencies, LayerTable, grid_of
 
 FAMILIES = (VIT_TINY, SWIN, PVT)
 WHERE = {"machine": "abacus", "device": "cpu", "threads": 1, "batch": 1}

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from sidt.detection.configs import build_detector, read_config
-from sidt.detection.digits import write_digits
-from sidt.detection.runs import open_run
+from sidt.detection.data.digits import write_digits
+from sidt.detection.detectors.configs import build_detector, read_config
+from sidt.detection.runs.folder import open_run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
 SMALL = """

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidt.complexity import PlanCosts, measure, report
-from sidt.families import INNER_KINDS, KINDS, families
-from sidt.plan import DimensionPlan
-from sidt.space import DimensionSpace, space_for
-from sidt.surgery import mask_model, slice_model
+from sidt.cost.complexity import PlanCosts, measure, report
+from sidt.space.families import INNER_KINDS, KINDS, families
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.slicing import mask_model, slice_model
 
 SEEDS = range(3)
 EMPTY = ("apart", "together")  # sublayers that lose all their units

@@ -81,12 +81,12 @@ def test_only_the_command_line_imports_detection():
 
 def test_forwards_are_imported_when_a_model_is_sliced_and_only_its_own():
     program = """if True:
-        import sys, timm, sidt.surgery, sidt.space
-        assert "sidt.attention" not in sys.modules
+        import sys, timm, sidt.surgery.slicing, sidt.space.space
+        assert "sidt.surgery.attention" not in sys.modules
         model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
-        space = sidt.space.space_for(model)
-        sidt.surgery.slice_model(model, sidt.DimensionPlan(space, {"heads.0": [1]}))
-        assert "sidt.attention" in sys.modules
+        space = sidt.space.space.space_for(model)
+        sidt.surgery.slicing.slice_model(model, sidt.DimensionPlan(space, {"heads.0": [1]}))
+        assert "sidt.surgery.attention" in sys.modules
         assert not {"sidt.detection", "mmdet", "mmcv", "mmengine"} & set(sys.modules)
     """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -94,7 +94,7 @@ def test_forwards_are_imported_when_a_model_is_sliced_and_only_its_own():
 
 
 def test_the_check_sees_what_it_should():
-    source = "from sidt import axes\nimport sidt.plan\ndef f():\n    from sidt.cli import main\n"
+    source = "from sidt import axes\nimport sidt.space.plan\ndef f():\n    from sidt.cli.commands import main\n"
     assert inside(source) == {"axes", "plan", "cli"}
     assert inside("from sidt import search") == inside("import sidt") == {"__init__"}
 
@@ -102,7 +102,9 @@ def test_the_check_sees_what_it_should():
 @pytest.mark.parametrize("words", [None, "", "--help", "search --help", "--version"])
 def test_torch_waits_until_it_is_needed(words):
     """``None`` only imports sidt; the others are command lines."""
-    program = "import sidt" if words is None else f"import sidt.cli\nsys.argv[1:] = {words.split()}\nsidt.cli.main()"
+    program = (
+        "import sidt" if words is None else f"import sidt.cli.commands\nsys.argv[1:] = {words.split()}\nsidt.cli.main()"
+    )
     heavy = "[m for m in ('torch', 'timm', 'optuna', 'sklearn', 'matplotlib') if m in sys.modules]"
     check = f"import sys, atexit\natexit.register(lambda: print({heavy}, file=sys.stderr))\n{program}"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

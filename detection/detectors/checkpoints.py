@@ -1,0 +1,141 @@
+"""Detectors on disk: a folder of ``config.py``, ``model.safetensors`` and, if it is sliced, ``plan.json``.
+
+``config.py`` is a normal MMDetection config that finds the other two beside itself, so MMDetection's own tools take
+the folder as it is, wherever it lies.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+from sidt.detection.detectors.backbones import map_dimensions, searchable
+from sidt.detection.detectors.configs import build_detector, read_config, without_weights
+from sidt.errors import InputError
+from sidt.export.checkpoint import fit_weights, read_weights
+from sidt.files import dump_json, replacing
+from sidt.space.plan import DimensionPlan
+
+CONFIG, PLAN, WEIGHTS = "config.py", "plan.json", "model.safetensors"
+_HERE = "{{ fileDirname }}"  # MMEngine puts the config's own folder here
+_MODELS = "sidt.detection.models"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The weights of an MMEngine checkpoint, a torch file of tensors, or a safetensors file; no code is run.
+
+    Raises:
+        InputError: the file is missing, damaged or holds code.
+    """
+    return read_weights(path, known=get_torch_safe_globals())
+
+
+def weights_digest(path: str | Path) -> str:
+    """Tells weights apart by their tensors: the same ones may be written as other bytes (safetensors' metadata)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_checkpoint(path).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(detector: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into a detector, strictly.
+
+    Raises:
+        InputError: it cannot be read, or is another model's.
+    """
+    fit_weights(detector, read_checkpoint(path), str(path))
+
+
+def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Sequence[str]) -> None:
+    """Write a detector, dense or sliced, as a folder; the files are whole before the first replaces an older one.
+
+    Args:
+        detector: its weights are written, and its plan if it has one.
+        config: the config that it was built from; of a sliced detector, that of the dense one.
+        folder: where to write.
+        classes: the names of the classes, for whoever loads it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    plan: DimensionPlan | None = getattr(detector, "sidt_plan", None)
+    own = Config(config.to_dict())
+    if own.model.backbone.type != "SlicedBackbone":
+        own.model["backbone"] = without_weights(own.model.backbone.to_dict())
+    imports = list((own.get("custom_imports") or {}).get("imports", ()))
+    if _MODELS not in imports:
+        own.custom_imports = {"imports": [*imports, _MODELS], "allow_failed_imports": False}
+    if plan is not None:
+        _slice_config(own, plan, map_dimensions(detector.backbone, plan.space))
+    dense = own.model.backbone.dense if plan is not None else own.model.backbone
+    files: dict[str, bytes] = {}
+    if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
+        files = {f"backbone/{n}": (Path(dense.model) / n).read_bytes() for n in ("config.json", PLAN, WEIGHTS)}
+        dense.model = f"{_HERE}/backbone"
+    own.load_from = f"{_HERE}/{WEIGHTS}"
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in detector.state_dict().items()}
+    meta = {"format": "pt", "dataset_meta": json.dumps({"classes": list(classes)})}
+    files |= {CONFIG: own.dump().encode(), WEIGHTS: dump_tensors(state, metadata=meta)}
+    if plan is not None:
+        files[PLAN] = dump_json(plan.to_json()).encode()
+    with ExitStack() as stack:
+        for name, content in files.items():
+            stack.enter_context(replacing(folder / name)).write_bytes(content)
+    if plan is None:
+        (folder / PLAN).unlink(missing_ok=True)
+
+
+def _slice_config(config: Config, plan: DimensionPlan, maps: Sequence[str]) -> None:
+    """Turn the config of a dense detector into that of the sliced one."""
+    dense = config.model.backbone
+    dense = (dense.dense if dense.type == "SlicedBackbone" else dense).to_dict()
+    config.model["backbone"] = {"type": "SlicedBackbone", "dense": dense, "plan": f"{_HERE}/{PLAN}"}
+    neck = config.model.get("neck")
+    if neck is not None and "in_channels" in neck:
+        channels = [plan.sizes[name] for name in maps]
+        neck.in_channels = channels if isinstance(neck.in_channels, list | tuple) else channels[-1]
+
+
+def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
+    """Read a detector that :func:`save_detector` wrote, on the CPU and in eval mode, with its config.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is no detector: it has no {CONFIG} with {WEIGHTS}")
+    config = read_config(folder / CONFIG)
+    detector = build_detector(config)
+    load_weights(detector, folder / WEIGHTS)
+    plan = getattr(searchable(detector.backbone)[1], "sidt_plan", None)
+    if plan is not None:
+        detector.sidt_plan = plan
+    return detector.eval(), config
+
+
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What MMEngine expects of a checkpoint, from a safetensors file that :func:`save_detector` wrote."""
+    with safe_open(filename, framework="pt") as file:
+        meta = (file.metadata() or {}).get("dataset_meta")
+    device = map_location if isinstance(map_location, str | torch.device) else "cpu"
+    state = load_file(filename, device=str(device))
+    return {"state_dict": state, "meta": {"dataset_meta": json.loads(meta)} if meta else {}}
+
+
+def register_safetensors() -> None:
+    """Let MMEngine load checkpoints from ``*.safetensors``, wherever it takes a checkpoint."""
+    CheckpointLoader.register_scheme(r".*\.safetensors$", load_from_safetensors, force=True)

@@ -1,0 +1,217 @@
+"""A detector as a dimension space: its backbone's dimensions, and where they live in the neck.
+
+A detector's space is its backbone's space with every name prefixed, the places where output maps enter the neck, and
+all other parameters as places without a dimension. So scores, costs, plans and slices of a whole detector are the
+same functions as those of a backbone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
+from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
+from sidt.errors import InputError
+from sidt.space.axes import Axis
+from sidt.space.space import DimensionSpace, Place, space_for
+from sidt.space.trace import InputSize, Trace, trace
+
+BACKBONE = "backbone."
+_PROPOSALS = 1000  # boxes that the second stage refines, and objects that it draws masks for, in one image:
+_OBJECTS = 100  # MMDetection's own settings for COCO
+
+
+def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> DimensionSpace:
+    """The space of a detector, whose costs count the backbone alone; see :func:`whole`.
+
+    Args:
+        detector: built from ``config``.
+        config: the model's part of an MMDetection config.
+        input_size: channels, height, width of the image whose cost is counted.
+
+    Raises:
+        InputError: the backbone has no space, or does not take the size.
+    """
+    inside, module = searchable(detector.backbone)
+    prefix = BACKBONE + inside
+    inner = space_for(module, input_size)
+    maps = map_dimensions(detector.backbone, inner)
+    places = {f"{prefix}{name}": place for name, place in inner.places.items()}
+    attributes = {f"{prefix}{path}": axis for path, axis in inner.attributes.items()}
+    if isinstance(detector.backbone, TimmBackbone):
+        places |= _norm_places(detector.backbone, maps)
+    neck, fixed = _neck_places(detector, config, maps, inner.sizes)
+    places |= neck
+    attributes |= _neck_attributes(detector, maps) if neck else {}
+    shapes: dict[str, Tensor] = dict(detector.named_parameters())
+    constant = {
+        name: Place(tuple(((size,),) for size in tensor.shape), ".".join(name.split(".")[:2]), False)
+        for name, tensor in shapes.items()
+        if name not in places
+    }
+    order = {name: i for i, name in enumerate([*dict(detector.named_parameters()), *dict(detector.named_buffers())])}
+    places = dict(sorted((places | constant).items(), key=lambda item: order[item[0]]))
+    return replace(
+        inner,
+        dimensions={n: replace(d, fixed=d.fixed or n in fixed) for n, d in inner.dimensions.items()},
+        places=places,
+        attributes=attributes,
+        attention={heads: f"{prefix}{owner}" for heads, owner in inner.attention.items()},
+        trace=trace_detector(detector, input_size)[0],
+        counted=BACKBONE,
+    )
+
+
+def whole(space: DimensionSpace) -> DimensionSpace:
+    """The same space, with costs that count the whole detector."""
+    return replace(space, counted="")
+
+
+def _norm_places(backbone: TimmBackbone, maps: Sequence[str]) -> dict[str, Place]:
+    return {
+        f"{BACKBONE}norms.{i}.{name}": Place((((maps[i],),),), f"{BACKBONE}norms.{i}", False)
+        for i, norm in enumerate(backbone.norms)
+        for name, _ in norm.named_parameters()
+    }
+
+
+# --- the neck ------------------------------------------------------------------------------------------------------
+
+
+def _neck_places(
+    detector: nn.Module, config: Any, maps: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[dict[str, Place], set[str]]:
+    """Where each output map enters the neck; or, if that cannot be told, the widths that must stay whole.
+
+    The neck is built again with one channel more in one map: tensors that grow by one along one axis read that map.
+    """
+    neck = config.get("neck")
+    channels = [sizes[name] for name in maps]
+    given = None if neck is None else neck.get("in_channels")
+    if given is None or not isinstance(detector.neck, nn.Module):
+        return {}, set(maps)
+    several = isinstance(given, list | tuple)
+    if list(given if several else [given]) != (channels if several else channels[-1:]):
+        raise InputError(
+            f"the neck {neck.type} has in_channels={given}, but the backbone's maps have {channels} channels; "
+            f"set neck.in_channels={channels}"
+        )
+    own = {name: tuple(p.shape) for name, p in detector.neck.named_parameters()}
+    places: dict[str, Place] = {}
+    for i, name in enumerate(maps if several else maps[-1:]):
+        larger = [c + (j == i) for j, c in enumerate(given)] if several else given + 1
+        try:
+            with torch.device("meta"):
+                probe: nn.Module = MODELS.build({**neck, "in_channels": larger})
+        except Exception:  # say, channels in groups: the width of its maps cannot change by one
+            return {}, set(maps)
+        for parameter, tensor in probe.named_parameters():
+            before, after = own.get(parameter, ()), tuple(tensor.shape)
+            if before == after:
+                continue
+            grown = [d for d, (b, a) in enumerate(zip(before, after, strict=False)) if a != b]
+            if len(before) != len(after) or len(grown) != 1 or before[grown[0]] != sizes[name]:
+                return {}, set(maps)
+            axes: list[Axis] = [((size,),) for size in before]
+            axes[grown[0]] = ((name,),)
+            places[f"neck.{parameter}"] = Place(tuple(axes), f"neck.{parameter.split('.')[0]}", False)
+    return places, set()
+
+
+def _neck_attributes(detector: nn.Module, maps: Sequence[str]) -> dict[str, Axis]:
+    own = getattr(detector.neck, "in_channels", None)
+    if isinstance(own, list):
+        return {f"neck.in_channels.{i}": ((name,),) for i, name in enumerate(maps)}
+    return {"neck.in_channels": ((maps[-1],),)} if isinstance(own, int) else {}
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+def trace_detector(detector: nn.Module, input_size: InputSize) -> tuple[Trace, tuple[str, ...]]:
+    """Trace one image through backbone, neck and heads; also the heads whose multiply-adds could not be counted.
+
+    Dense heads see the neck's maps. The second stage sees as many boxes as MMDetection's COCO settings keep: 1,000
+    proposals, and 100 objects for masks; cutting regions out is not counted.
+    """
+    missed: list[str] = []
+
+    def forward(model: Any, image: Tensor) -> None:
+        maps = model.extract_feat(image)
+        for name in ("rpn_head", "bbox_head", "mask_head"):
+            head = getattr(model, name, None)
+            if isinstance(head, nn.Module):
+                _try(missed, name, head, maps)
+        roi_head = getattr(model, "roi_head", None)
+        if roi_head is not None:
+            for name, boxes, extractor in (
+                ("bbox_head", _PROPOSALS, "bbox_roi_extractor"),
+                ("mask_head", _OBJECTS, "mask_roi_extractor"),
+            ):
+                heads, cutters = _list(getattr(roi_head, name, None)), _list(getattr(roi_head, extractor, None))
+                for i, head in enumerate(heads):
+                    cutter = cutters[min(i, len(cutters) - 1)] if cutters else roi_head.bbox_roi_extractor
+                    size = cutter.roi_layers[0].output_size
+                    _try(missed, f"roi_head.{name}", head, image.new_empty(boxes, cutter.out_channels, *size))
+
+    found = trace(detector, input_size, forward)
+    return found, tuple(dict.fromkeys(missed))
+
+
+def _list(module: Any) -> list[Any]:
+    if module is None:
+        return []
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def _try(missed: list[str], name: str, head: nn.Module, given: Any) -> None:
+    try:
+        head(given)
+    except Exception:  # a head that needs more than maps, such as DETR's: its name is in the report
+        missed.append(name)
+
+
+def parts(space: DimensionSpace, sizes: Mapping[str, int] | None = None) -> dict[str, Row]:
+    """Parameters and multiply-adds of a plan for the backbone, the neck and each head, in the detector's order."""
+    rows: dict[str, Row] = {}
+    for row in report(whole(space), sizes, "module").rows:
+        head, *rest = row.name.split(".")
+        name = f"roi_head.{rest[0]}" if head == "roi_head" and rest else head
+        before = rows.get(name, Row(name, 0, 0))
+        rows[name] = Row(name, before.params + row.params, before.macs + row.macs)
+    return rows
+
+
+def not_counted(detector: nn.Module, space: DimensionSpace) -> str:
+    """What the multiply-adds of :func:`parts` leave out, and what they take the second stage to see."""
+    unused = [name for name, row in parts(space).items() if row.params and not row.macs]  # say, DETR's encoder
+    missed = list(dict.fromkeys([*unused, *trace_detector(detector, space.trace.input_size)[1]]))
+    if hasattr(detector, "roi_head"):
+        missed.append(f"cutting regions (second stage: {_PROPOSALS} boxes, {_OBJECTS} masks)")
+    return ", ".join([*missed, NOT_COUNTED])
+
+
+def predict(detector: nn.Module, image: Tensor) -> Any:
+    """The boxes of a batch of one image."""
+    shape = tuple(image.shape[2:])
+    sample = DetDataSample(
+        metainfo={"img_shape": shape, "ori_shape": shape, "batch_input_shape": shape, "scale_factor": (1.0, 1.0)}
+    )
+    return detector(image, [sample], mode="predict")
+
+
+def run_backbone(detector: Any, image: Tensor) -> Any:
+    """The maps of a batch of images."""
+    return detector.backbone(image)
+
+
+def time_detector(detector: nn.Module, input_size: InputSize, *, seconds: float = 1.0) -> float:
+    """Median milliseconds from one image of a size to its boxes, on the detector's device (torch's timer)."""
+    parameter = next(detector.parameters())
+    image = torch.randn(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    return time_call(detector, lambda model: predict(model, image), seconds=seconds)

@@ -1,0 +1,120 @@
+"""A detection run's folder: how it is opened, and what the steps find there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from torch import nn
+
+from sidt.detection.detectors.checkpoints import CONFIG, WEIGHTS, load_detector
+from sidt.detection.detectors.configs import input_size_of, move_data, read_config
+from sidt.detection.runs.settings import Settings
+from sidt.errors import InputError
+from sidt.files import read_json
+from sidt.runs.config import parse
+from sidt.training.devices import resolve_device
+
+PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class DetectionRun:
+    """A run folder, the config of the dense detector, the settings in it, and what it differs in from its file.
+
+    Attributes:
+        folder: the run folder.
+        config: of the dense detector, with what was replaced.
+        settings: those of its section ``sidt``.
+        options: values of the config that were replaced, by dotted key.
+        data_root: the folder of the data, if it was replaced.
+    """
+
+    folder: Path
+    config: Config
+    settings: Settings
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data_root: Path | None = None
+
+
+def open_run(
+    source: Path,
+    out: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    data_root: Path | None = None,
+) -> DetectionRun:
+    """Open a run folder, or start one from an MMDetection config.
+
+    Args:
+        source: a run folder, or a config.
+        out: the run folder for a config; default: ``runs/<name of the config>``.
+        options: values that replace the config's, by dotted key.
+        settings: values that replace those of its section ``sidt``.
+        data_root: the folder that the data is in, if not the config's.
+
+    Raises:
+        InputError: the source is neither, or a value is wrong.
+    """
+    if source.is_dir():
+        if not (source / "dense" / CONFIG).is_file():
+            raise InputError(
+                f"{source} is no detection run: it has no dense/{CONFIG}; start with a config: `sidt detect search "
+                f"CONFIG --checkpoint FILE --out {source}`"
+            )
+        folder, path = source, source / "dense" / CONFIG
+    else:
+        folder, path = out or Path("runs") / source.stem, source
+    config = read_config(path, options)
+    if data_root is not None:
+        move_data(config, data_root)
+    merged = {**(config.to_dict().get("sidt") or {}), **{k: v for k, v in (settings or {}).items() if v is not None}}
+    checked = parse(Settings, merged, f"{path}, section sidt")
+    resolve_device(checked.device)
+    config.sidt = checked.model_dump(mode="json")
+    return DetectionRun(folder, config, checked, dict(options or {}), data_root)
+
+
+def detectors(run: DetectionRun) -> dict[str, Path]:
+    """The folders of the detectors that the run has so far."""
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    return {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
+
+
+def check_one_plan(run: DetectionRun) -> None:
+    """After another search, what was fine-tuned before is not its result.
+
+    Raises:
+        InputError: the detectors of the run are of two searches.
+    """
+    sliced, tuned = run.folder / "sliced" / "plan.json", run.folder / "plan.json"
+    if sliced.is_file() and tuned.is_file() and read_json(sliced) != read_json(tuned):
+        raise InputError(f"{tuned} is of another plan than {sliced}; run `sidt detect finetune {run.folder}` again")
+
+
+def open_detector(run: DetectionRun, folder: Path) -> tuple[nn.Module, Config]:
+    """One of the run's detectors, and its config with what was replaced."""
+    detector, _ = load_detector(folder)
+    config = read_config(folder / CONFIG, run.options)
+    if run.data_root is not None:
+        move_data(config, run.data_root)
+    return detector, config
+
+
+def existing(run: DetectionRun, name: str, step: str) -> Path:
+    """The folder of one of the run's detectors.
+
+    Raises:
+        InputError: it is not there; the message names the step that makes it.
+    """
+    folder = run.folder / name
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is not there; run `sidt detect {step}` first")
+    return folder
+
+
+def input_size(run: DetectionRun) -> tuple[int, int, int]:
+    """Channels, height, width of the image that a run's costs are stated at."""
+    return run.settings.input_size or input_size_of(run.config)

@@ -1,0 +1,336 @@
+"""The steps of a detection run, each from files to files in a run folder, each re-runnable.
+
+::
+
+    train (or a checkpoint) -> dense/       search -> scores.safetensors, study.db, search/, sliced/
+    finetune -> config.py, plan.json, model.safetensors (the result, for MMDetection)
+    evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from torch import nn
+
+from sidt.allocation.greedy import Rules
+from sidt.allocation.study import search as optuna_search
+from sidt.allocation.timing import latencies_for
+from sidt.detection.data.annotations import check_annotations, write_subsets
+from sidt.detection.detectors.checkpoints import (
+    WEIGHTS,
+    load_detector,
+    load_weights,
+    save_detector,
+    weights_digest,
+)
+from sidt.detection.detectors.configs import (
+    Source,
+    build_detector,
+    check_classes,
+    source_of,
+    with_data,
+)
+from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
+from sidt.detection.runs.folder import (
+    EVALUATION,
+    PLAN,
+    SEARCH,
+    DetectionRun,
+    check_one_plan,
+    detectors,
+    existing,
+    input_size,
+    open_detector,
+)
+from sidt.detection.runs.objective import Say, aligned_detector, measured_scores, named, objective, says, shown
+from sidt.detection.runs.pictures import draw_side_by_side
+from sidt.detection.runs.settings import Settings, TeacherSettings
+from sidt.detection.training.evaluation import results_table, test
+from sidt.detection.training.loop import join, prepared, train
+from sidt.detection.training.loss import detector_loss, read_batches
+from sidt.errors import InputError
+from sidt.files import read_json, write_json
+from sidt.importance import Importance, load_importance
+from sidt.runs.report import Format
+from sidt.space.space import DimensionSpace
+from sidt.surgery.compensation import compensate, refit_width
+from sidt.surgery.slicing import slice_model
+from sidt.training.devices import resolve_device
+
+_TRAIN, _TEST = "train_dataloader", "test_dataloader"
+_FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
+    """Train the dense detector as its config says, without the held-out images."""
+    join(launcher)
+    detector = build_detector(run.config)
+    detector_space(detector, run.config.model, input_size(run))  # a backbone without a space is said now
+    source = _checked(run, detector, _TRAIN)
+    _checked(run, detector, _TEST)
+    config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
+    weights = Path(config.load_from) if config.get("load_from") else None
+    if weights is not None and not weights.is_file():
+        raise InputError(f"load_from={config.load_from} is no file here; download it, or set load_from=None")
+    last = train(config, weights, run.folder / "states", "train", launcher=launcher)
+    if is_main_process():
+        load_weights(detector, last)
+        save_detector(detector, run.config, run.folder / "dense", source.classes)
+    barrier()
+    return f"dense detector -> {run.folder / 'dense'}"
+
+
+def take_checkpoint(run: DetectionRun, checkpoint: Path, *, only_test: bool = False) -> str:
+    """Take a trained detector as the dense one; with ``only_test``, without a look at the training data."""
+    detector = build_detector(run.config)
+    load_weights(detector, checkpoint)
+    source = _checked(run, detector, _TEST if only_test else _TRAIN)
+    save_detector(detector, run.config, run.folder / "dense", source.classes)
+    return f"dense detector, from {checkpoint} -> {run.folder / 'dense'}"
+
+
+def search(run: DetectionRun, say: Say) -> str:
+    """Score every unit by the detector's loss, search the plan within the budget, slice."""
+    settings = run.settings
+    if settings.budget is None:
+        raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
+    existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
+    detector, config = open_detector(run, run.folder / "dense")
+    source = _checked(run, detector, _TRAIN)
+    split = _split(run, source)
+    space = detector_space(detector, config.model, input_size(run))
+    _check_width(space, settings)
+    space = whole(space) if settings.on == "detector" else space
+    detector.to(resolve_device(settings.device))
+    config = with_data(config, _TRAIN, split["rest"])
+    slicer = None
+    if settings.repair:
+        base, moments = aligned_detector(detector, config, settings, space)
+        detector, slicer = base, lambda plan: compensate(base, plan, moments)
+    scores = _scores(run, detector, config, space, say)
+    rules = Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to)
+    forward = predict if settings.on == "detector" else run_backbone
+    budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
+    latencies = latencies_for(layers, detector, scores, budget, rules, say, forward=forward)
+    judge = objective(config, settings, source, split["holdout"], None)
+    begin = time.perf_counter()
+    dense_value = float(np.mean(judge(detector)))
+    seconds = time.perf_counter() - begin
+    held = len(read_json(split["holdout"])["images"])
+    of = f"{named(settings)} on {held} held-out training images"
+    say(f"dense: {shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
+    result = optuna_search(
+        detector,
+        scores,
+        budget,
+        judge,
+        fresh=objective(config, settings, source, split["fresh"], min(_FOLDS, held)),
+        trials=settings.trials,
+        timeout=settings.timeout,
+        seed=settings.seed,
+        rules=rules,
+        latencies=latencies,
+        slicer=slicer,
+        storage=settings.storage or f"sqlite:///{(run.folder / 'study.db').resolve()}",
+        label=f"{of}, seed {settings.seed}, repair {settings.repair}, "
+        f"budget of the {settings.on} at {space.trace.input_size}",
+    )
+    assert result.gain is not None
+    verdict = says(settings, result.gain)
+    result.plan.save(run.folder / PLAN)
+    full, small = parts(space), parts(space, result.plan.sizes)
+    values = [trial.values[0] for trial in result.study.trials if trial.values is not None]
+    write_json(
+        run.folder / SEARCH,
+        {
+            "budget": str(budget),
+            "on": settings.on,
+            "objective": of,
+            "dense": dense_value,
+            "plain": result.plain_value,
+            "best": result.value,
+            "values": values,
+            "gain": {
+                "plain": result.gain.plain,
+                "found": result.gain.found,
+                "error": result.gain.error,
+                "says": verdict,
+            },
+            "parts": {
+                n: {"dense": [r.params, r.macs], "sliced": [small[n].params, small[n].macs]} for n, r in full.items()
+            },
+            "settings": settings.model_dump(mode="json"),
+        },
+    )
+    sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
+    if settings.repair and "width" in settings.kinds:
+        batches = read_batches(config, settings.score_images, batch_size=1, seed=settings.seed)
+        sliced = refit_width(detector, sliced, result.plan, batches, forward=detector_loss)
+    save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
+    kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
+    left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
+    return f"{left}; {verdict} -> {run.folder / 'sliced'}"
+
+
+def finetune(
+    run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none", teacher: bool = False
+) -> str:
+    """Train the sliced detector further; the result is the run folder's own detector.
+
+    The dense detector teaches it if ``teacher`` is given, or if the run's settings say how.
+    """
+    join(launcher)
+    sliced = existing(run, "sliced", "search")
+    changes = {**run.options, **run.settings.finetune, **(options or {})}
+    detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
+    source = _checked(run, detector, _TRAIN)
+    config = with_data(config, _TRAIN, _split(run, source)["rest"])
+    taught = run.settings.teacher or (TeacherSettings() if teacher else None)
+    if taught is not None:
+        dense = existing(run, "dense", "train CONFIG").resolve()
+        hook = {"type": "TeacherHook", "folder": str(dense), **taught.model_dump()}
+        config.custom_hooks = [*(config.get("custom_hooks") or []), hook]
+    last = train(config, sliced / WEIGHTS, run.folder / "states", "finetune", launcher=launcher)
+    if is_main_process():
+        detector, original = load_detector(sliced)
+        load_weights(detector, last)
+        save_detector(detector, original, run.folder, source.classes)
+    barrier()
+    return f"fine-tuned detector -> {run.folder}"
+
+
+def evaluate(
+    run: DetectionRun, *, launcher: str = "none", per_class: bool = False, latency: bool = True, style: Format = "table"
+) -> str:
+    """COCO scores on the test data, parameters, multiply-adds and latency of the detectors that are there."""
+    join(launcher)
+    there = detectors(run)
+    if not there:
+        raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
+    check_one_plan(run)
+    size, device, rows = input_size(run), run.settings.device, {}
+    for name, folder in there.items():
+        config = open_detector(run, folder)[1]
+        rows[name] = evaluate_detector(
+            folder, config, size, launcher=launcher, per_class=per_class, latency=latency, device=device
+        )
+    if not is_main_process():
+        return ""
+    write_json(run.folder / EVALUATION, rows)
+    text = results_table(rows, style)
+    shape = "x".join(map(str, size))
+    timed = f"; latency on {resolve_device(device)}" if latency else ""
+    return text if style == "csv" else f"{text}\n\nMACs for one {shape} image{timed}."
+
+
+def evaluate_detector(
+    folder: Path,
+    config: Config,
+    input_size: tuple[int, int, int],
+    *,
+    launcher: str = "none",
+    per_class: bool = False,
+    latency: bool = True,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """COCO scores, costs and latency of one detector's folder.
+
+    Args:
+        folder: the detector's.
+        config: says the test data and how it is scored; the model is the folder's own.
+        input_size: channels, height, width of the image that costs are stated at.
+        launcher: MMEngine's, for several processes.
+        per_class: whether to give the AP of each class too.
+        latency: whether to time the detector.
+        device: where it is timed; MMEngine tests on a GPU if there is one.
+    """
+    detector, own = load_detector(folder)
+    source = source_of(config, _TEST)
+    _check_source(source)
+    check_classes(detector, source.classes, config)
+    config = prepared(config, folder / "evaluation", launcher)
+    config.model = own.model  # MMEngine leaves weights of another size out, and only logs it
+    config.load_from = str(folder / WEIGHTS)
+    row: dict[str, Any] = dict(test(config, folder / "evaluation", per_class=per_class))
+    space = detector_space(detector, config.model, input_size)
+    rows = parts(space)
+    row |= {
+        "params": sum(p.numel() for p in detector.parameters()),
+        "macs": {name: part.macs for name, part in rows.items() if part.macs},
+        "params_by_part": {name: part.params for name, part in rows.items()},
+        "input_size": list(input_size),
+    }
+    if latency:
+        place = resolve_device(device)
+        row |= {"latency_ms": time_detector(detector.to(place), input_size), "device": str(place)}
+    return row
+
+
+def draw(run: DetectionRun, images: int) -> str:
+    """Draw what each detector of the run finds in the first test images, side by side."""
+    check_one_plan(run)
+    opened = {name: open_detector(run, folder) for name, folder in detectors(run).items()}
+    source = source_of(run.config, _TEST)
+    files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
+    draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
+    return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
+
+
+# --- what the steps share ------------------------------------------------------------------------------------------
+
+
+def _check_source(source: Source) -> None:
+    check_annotations(source.annotations, source.images, source.classes, masks=source.masks)
+
+
+def _checked(run: DetectionRun, detector: nn.Module, loader: str) -> Source:
+    """Where a loader's data is, after a look at all of its annotations."""
+    source = source_of(run.config, loader)
+    check_classes(detector, source.classes, run.config)
+    _check_source(source)
+    return source
+
+
+def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
+    """The annotations of the held-out images, of the fresh ones and of the rest: written once for a run."""
+    folder, made_of = run.folder / "data", {"held": run.settings.holdout, "seed": run.settings.seed}
+    made_of["annotations"] = str(source.annotations.resolve())
+    if is_main_process():
+        if (folder / "split.json").is_file() and (seen := read_json(folder / "split.json")) != made_of:
+            raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
+        if not (folder / "split.json").is_file():
+            write_subsets(source.annotations, folder, held=run.settings.holdout, seed=run.settings.seed)
+            write_json(folder / "split.json", made_of)
+    barrier()
+    return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
+
+
+def _check_width(space: DimensionSpace, settings: Settings) -> None:
+    widths = [d for d in space.dimensions.values() if d.kind == "width"]
+    if "width" in settings.kinds and widths and all(d.fixed for d in widths):
+        raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
+
+
+def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, say: Say) -> Importance:
+    """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
+    settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
+    weights = weights_digest(run.folder / "dense" / WEIGHTS)
+    made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
+    made_of["repair"] = settings.repair
+    if settings.score == "gates":
+        made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.kinds)}
+    if path.is_file() and note.is_file() and read_json(note) == made_of:
+        return load_importance(path, space)
+    scores = measured_scores(detector, config, settings, space, say)
+    note.unlink(missing_ok=True)  # between the two files, neither counts
+    scores.save(path)
+    write_json(note, made_of)
+    return scores

@@ -1,0 +1,82 @@
+"""Training a sliced detector with the dense one as teacher, as a hook that any MMEngine config can name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from sidt.detection.detectors.checkpoints import load_detector
+from sidt.errors import InputError
+from sidt.training.distillation import dissimilarity
+
+
+@HOOKS.register_module()
+class TeacherHook(Hook):  # type: ignore[misc]
+    """Adds ``loss_teacher`` to a detector's losses: how far its maps are from those of a teacher.
+
+    The maps are the neck's, or the backbone's where there is no neck. The loss is PKD's (Cao et al. 2022): half the
+    mean squared error of maps whose channels are normalised over the batch, which is one minus Pearson's correlation,
+    summed over the maps. The teacher runs in eval mode, without gradients, on the images as the student gets them,
+    and is no part of the student or of its checkpoints.
+
+    Args:
+        folder: the teacher, as ``sidt detect`` writes it (``RUN/dense``): ``config.py`` with ``model.safetensors``.
+        features: weight of the loss; PKD takes 6 for detectors of two stages and 10 for those of one.
+
+    Raises:
+        InputError: ``features`` is not positive; when training starts, the folder is no detector; in the first
+            iteration, the maps have other shapes than the student's.
+    """
+
+    def __init__(self, folder: str, features: float = 6.0) -> None:
+        """Take the settings; the teacher is loaded when training starts."""
+        if not features > 0:
+            raise InputError(f"TeacherHook: features={features} must be above 0; drop the hook to train without it")
+        self.folder, self.features = Path(folder), features
+        self.teacher: Any = None
+        self.handles: list[Any] = []
+        self.maps: Sequence[Tensor] = ()
+
+    def before_train(self, runner: Runner) -> None:
+        """Load the teacher, and listen to the student."""
+        self.after_train(runner)
+        detector = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        with torch.random.fork_rng(devices=[]):  # a detector draws its first weights: training goes on as without
+            teacher, _ = load_detector(self.folder)
+        self.teacher = teacher.requires_grad_(False).to(next(detector.parameters()).device)
+        maps = detector.neck if detector.with_neck else detector.backbone
+        self.handles = [
+            maps.register_forward_hook(self._keep),
+            detector.register_forward_hook(self._add_loss, with_kwargs=True),
+        ]
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the student as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.teacher, self.maps = [], None, ()
+
+    def _keep(self, module: nn.Module, inputs: Any, maps: Sequence[Tensor]) -> None:
+        self.maps = maps
+
+    def _add_loss(self, detector: nn.Module, args: Any, kwargs: Mapping[str, Any], losses: Any) -> Any:
+        """The losses with one more; predictions as they are."""
+        mine, self.maps = self.maps, ()  # they hold on to the graph
+        if kwargs.get("mode") != "loss":
+            return losses
+        with torch.no_grad():
+            theirs = self.teacher.extract_feat(args[0] if args else kwargs["inputs"])
+        shapes = [[list(m.shape) for m in maps] for maps in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"the teacher {self.folder} gives maps of {shapes[1]}, the student of {shapes[0]}; its teacher must be "
+                "the detector that it was sliced from"
+            )
+        apart = [dissimilarity(a, b, (0, 2, 3)) for a, b in zip(mine, theirs, strict=True)]
+        return {**losses, "loss_teacher": self.features * torch.stack(apart).sum()}

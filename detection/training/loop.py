@@ -1,0 +1,101 @@
+"""Training by MMEngine's Runner: its hooks, logging, AMP, resuming and launcher, from weights to weights."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
+from sidt.errors import InputError
+
+Launcher = str  # MMEngine's: none, pytorch, slurm, mpi
+
+
+def train(config: Config, weights: Path | None, states: Path, label: str, *, launcher: Launcher = "none") -> Path:
+    """Train a detector as its config says; an interrupted training goes on from its last checkpoint.
+
+    Args:
+        config: the detector, its data and its schedule.
+        weights: what it starts from; None: the start that the config gives it.
+        states: where MMEngine's work folders are; this training's is named after all that determines it.
+        label: the start of that name.
+        launcher: MMEngine's, for several processes.
+
+    Returns:
+        The checkpoint of the last epoch.
+
+    Raises:
+        InputError: a checkpoint to go on from is damaged, or the training left none.
+    """
+    own = states / f"{label}-{_digest(config, weights)}"
+    config = prepared(config, own, launcher)
+    if is_main_process():
+        for old in states.glob(f"{label}-*"):
+            if old != own:
+                shutil.rmtree(old)
+    found = find_latest_checkpoint(str(own)) if own.is_dir() else None
+    start = found or weights
+    if start is not None:
+        read_checkpoint(start)  # MMEngine would unpickle a file that holds code
+    config.resume = found is not None
+    config.load_from = None if found is not None or weights is None else str(weights)
+    hooks = config.setdefault("default_hooks", {})
+    hooks["checkpoint"] = {
+        "type": "CheckpointHook",
+        "interval": 1,
+        **(hooks.get("checkpoint") or {}),
+        "save_last": True,
+    }
+    Runner.from_cfg(config).train()
+    barrier()
+    found = find_latest_checkpoint(str(own))
+    if found is None:
+        raise InputError(f"the training left no checkpoint in {own}; check train_cfg and the CheckpointHook")
+    return Path(found)
+
+
+def prepared(config: Config, work_dir: Path, launcher: Launcher) -> Config:
+    """A copy of a config that MMEngine's Runner takes, on this machine, whatever ran in this process before."""
+    config = Config(config.to_dict(), filename=config.filename)
+    name = f"{work_dir.name}-{uuid.uuid4().hex[:8]}"  # MMEngine keeps one logger and one visualizer for each name
+    config.work_dir, config.experiment_name, config.launcher = str(work_dir), name, launcher
+    if config.get("visualizer"):
+        config.visualizer["name"] = name
+    if launcher != "none" and not torch.cuda.is_available():
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+    return config
+
+
+def join(launcher: Launcher) -> None:
+    """Join the other processes of a launcher, if there are any; without a GPU they talk through gloo.
+
+    Raises:
+        InputError: the launcher did not start this process.
+    """
+    if launcher == "none" or is_distributed():
+        return
+    try:
+        if torch.cuda.is_available():
+            init_dist(launcher, backend="nccl")
+        else:  # MMEngine's own way to join sets a CUDA device
+            torch.distributed.init_process_group("gloo")
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"--launcher {launcher} did not start this process ({error}); start it with torchrun"
+        ) from None
+
+
+def _digest(config: Config, weights: Path | None) -> str:
+    """Tells trainings apart: another config or another start does not go on from this one's state."""
+    values: dict[str, Any] = {k: v for k, v in config.to_dict().items() if k not in ("load_from", "work_dir", "sidt")}
+    digest = hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode())
+    if weights is not None:
+        digest.update(weights_digest(weights).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,343 @@
+"""The search: an Optuna study over what a ranking cannot know.
+
+Scores rank the units inside a dimension; how far scores of different kinds and depths can be compared is searched:
+one multiplier for each kind and for each quarter of the depth. The first trial has all multipliers at 1, which is
+the plain ranking, and every trial is projected onto the budget by :func:`sidt.allocate`.
+
+An objective that gives its scores in parts costs less: after every part, Optuna's WilcoxonPruner stops a trial whose
+parts are worse than the best trial's beyond noise.
+
+(A module named ``search`` would hide the function ``sidt.search``.)
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.study import MaxTrialsCallback, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+from sidt.allocation.greedy import Rules, allocate
+from sidt.cost.budget import Budget
+from sidt.cost.complexity import PlanCosts
+from sidt.cost.latency import LayerLatencies
+from sidt.errors import InputError
+from sidt.importance import Importance
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace
+from sidt.surgery.slicing import slice_model
+
+Values = npt.NDArray[np.float64]
+Objective = Callable[[nn.Module], npt.NDArray[Any] | Iterable[npt.NDArray[Any]]]
+Sampler = Literal["tpe", "cmaes", "gp", "random"]
+Multipliers = Mapping[str, float]  # log2 of the factors, by knob
+
+_DEPTHS = 4
+_LOG2_RANGE = 2.0  # multipliers between 1/4 and 4: beyond, plans were only worse than the plain ranking
+_STARTUP = 5  # random trials before the sampler learns; the plain ranking is a good start already
+_LEAST_SHARE = 0.25  # Pareto mode goes down to this part of the budget
+_PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless trial in ten goes on to its end
+_FIRST_PARTS = 2  # no trial is stopped before
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the search gained over the plain ranking, on data that neither has seen.
+
+    Attributes:
+        plain: mean score of the plain ranking's model.
+        found: mean score of the search's model.
+        error: standard error of their difference, over paired samples.
+        samples: how many.
+    """
+
+    plain: float
+    found: float
+    error: float
+    samples: int
+
+    @property
+    def difference(self) -> float:
+        """Found minus plain."""
+        return self.found - self.plain
+
+    def __str__(self) -> str:
+        """One sentence that says whether the search paid."""
+        return self.sentence("{:+.2%}", "{:.2%}", f"{self.samples} fresh samples")
+
+    def sentence(self, signed: str, plain: str, samples: str) -> str:
+        """The same for scores of another form: format strings of a difference and of its error, and what was seen."""
+        if self.difference == self.error == 0:
+            return f"no trial was better than the plain ranking (checked on {samples})"
+        error = f"{plain.format(self.error)} (one standard error)"
+        numbers = f"{signed.format(self.difference)} +- {error} on {samples}"
+        if self.difference > 2 * self.error:
+            return f"the search gained {numbers} over the plain ranking"
+        if self.difference < -2 * self.error:
+            return f"the search LOST {numbers} against the plain ranking; use more held-out data or fewer trials"
+        return f"the search found nothing beyond noise: {numbers} against the plain ranking"
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plan: the plan of the best trial.
+        plain: the plan of the plain ranking.
+        value: the best trial's mean score on the held-out data.
+        plain_value: the plain ranking's.
+        gain: both on fresh data, if there was any.
+        multipliers: log2 of the best trial's multipliers, to warm-start another search.
+        pruned: how many trials were stopped early.
+        front: in Pareto mode, the plans that no other beats in both score and multiply-adds, cheapest first, each
+            with its mean score and multiply-adds.
+        study: Optuna's.
+    """
+
+    plan: DimensionPlan
+    plain: DimensionPlan
+    value: float
+    plain_value: float
+    gain: Gain | None
+    multipliers: Multipliers
+    pruned: int
+    front: tuple[tuple[DimensionPlan, float, int], ...]
+    study: optuna.Study
+
+
+def search(
+    model: nn.Module,
+    importance: Importance,
+    budget: Budget,
+    objective: Objective,
+    *,
+    fresh: Objective | None = None,
+    trials: int = 50,
+    timeout: float | None = None,
+    seed: int = 0,
+    sampler: Sampler = "tpe",
+    rules: Rules | None = None,
+    latencies: LayerLatencies | None = None,
+    slicer: Callable[[DimensionPlan], nn.Module] | None = None,
+    warm: Sequence[Multipliers] = (),
+    jobs: int = 1,
+    pareto: bool = False,
+    storage: str | None = None,
+    label: str = "",
+    progress: bool = True,
+) -> SearchResult:
+    """Search the allocation of a budget over a model's dimensions.
+
+    A search that is stopped keeps its finished trials in ``storage``; the same call goes on from there, also in
+    several processes at once.
+
+    Args:
+        model: the trained dense model.
+        importance: its scores.
+        budget: what every trial must meet.
+        objective: gives a sliced model a score for every held-out sample, at once or in parts of equal size (the
+            same for every model); the mean is maximised.
+        fresh: the same on other samples, to judge what was found.
+        trials: finished trials in all, those that were stopped early and those of earlier calls included.
+        timeout: seconds after which no new trial starts.
+        seed: of Optuna's sampler.
+        sampler: Optuna's TPE, CMA-ES, Gaussian process or random sampler.
+        rules: what allocation may do.
+        latencies: of the layers, for a budget with a latency.
+        slicer: makes the model of a plan, for example sliced and repaired; default: :func:`sidt.slice_model`.
+        warm: multipliers of earlier searches (``SearchResult.multipliers``), tried right after the plain ranking.
+        jobs: trials at a time, in threads; more than one gives up that the same seed finds the same.
+        pareto: maximise the score and minimise multiply-adds at or below the budget.
+        storage: Optuna storage URL; default: in memory.
+        label: what the objective is measured on; searches with other labels do not share trials.
+        progress: whether to show Optuna's progress bar.
+
+    Raises:
+        InputError: the budget cannot be met, the scores are of another model, or the storage cannot be opened.
+        KeyboardInterrupt: the search was stopped; finished trials are kept.
+    """
+    if trials < 1:
+        raise InputError(f"trials is {trials}; it must be at least 1")
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; it must be at least 1")
+    rules = rules or Rules()
+    space, costs = importance.space, PlanCosts(importance.space)
+    knobs = _knobs(space, rules)
+    plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
+    name = _name(importance, budget, rules, pareto, label if latencies is None else f"{label} {latencies.digest()}")
+
+    def plan_of(params: Mapping[str, float]) -> DimensionPlan:
+        share = params.get("share", 1.0)
+        limits = _shrunk(budget, share, plain_plan, costs)
+        multipliers = _multipliers(space, params)
+        return allocate(importance, limits, **asdict(rules), multipliers=multipliers, latencies=latencies)
+
+    def run(trial: optuna.Trial) -> float | tuple[float, float]:
+        params = {knob: trial.suggest_float(knob, -_LOG2_RANGE, _LOG2_RANGE) for knob in knobs}
+        if pareto:
+            params["share"] = trial.suggest_float("share", _LEAST_SHARE, 1.0)
+        plan = plan_of(params)
+        used_params, used_macs = (int(c) for c in _cost(costs, plan))
+        trial.set_user_attr("params", used_params)
+        trial.set_user_attr("macs", used_macs)
+        parts = []
+        for step, part in enumerate(_parts(objective(make(plan)))):
+            parts.append(np.asarray(part, dtype=np.float64))
+            if not pareto:  # Optuna stops no trial that has two objectives
+                trial.report(float(parts[-1].mean()), step)
+                if step + 1 >= _FIRST_PARTS and trial.should_prune():
+                    raise optuna.TrialPruned
+        value = float(np.concatenate(parts).mean())
+        return (value, used_macs) if pareto else value
+
+    make = slicer or (lambda plan: slice_model(model, plan))
+    start = dict.fromkeys(knobs, 0.0) | ({"share": 1.0} if pareto else {})
+    first = [start, *(_warm(known, start) for known in warm)]
+    with _quiet():
+        study = _open(storage, name, pareto)
+        finished = study.get_trials(states=_FINISHED)
+        study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
+        waiting = [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
+        for known in first:
+            if known not in [*(t.params for t in finished), *waiting]:
+                study.enqueue_trial(known)
+        left = trials - len(finished)
+        if left > 0:
+            # The callback counts the trials of all processes that share the storage.
+            enough = MaxTrialsCallback(trials, states=_FINISHED)
+            try:
+                study.optimize(
+                    run, n_trials=left, timeout=timeout, n_jobs=jobs, callbacks=[enough], show_progress_bar=progress
+                )
+            except StorageInternalError as error:
+                reason = " ".join(str(error.__cause__ or error).split())[:200]
+                raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
+    finished = study.get_trials(states=(TrialState.COMPLETE,))
+    plain_trial = next((t for t in finished if t.params == start), None)
+    if plain_trial is None:
+        raise InputError(f"no trial finished within timeout={timeout} s; give the search more time")
+    # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
+    best = max(finished, key=lambda t: (t.values[0], -t.number))
+    plan = plain_plan if best.number == plain_trial.number else plan_of(best.params)
+    gain = _gain(make(plain_plan), make(plan), fresh) if fresh is not None else None
+    front = _front(study.best_trials, plan_of) if pareto else ()
+    pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
+    return SearchResult(
+        plan, plain_plan, best.values[0], plain_trial.values[0], gain, best.params, pruned, front, study
+    )
+
+
+def _parts(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Iterable[npt.NDArray[Any]]:
+    return [scores] if isinstance(scores, np.ndarray) else scores
+
+
+def _whole(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Values:
+    return np.concatenate([np.asarray(part, dtype=np.float64) for part in _parts(scores)])
+
+
+def _warm(known: Multipliers, start: Mapping[str, float]) -> dict[str, float]:
+    """The knobs of another search, as far as this one has them."""
+    return {knob: float(np.clip(known.get(knob, value), -_LOG2_RANGE, _LOG2_RANGE)) for knob, value in start.items()}
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    if name not in get_args(Sampler):
+        raise InputError(f"sampler is {name!r}; choose from {', '.join(get_args(Sampler))}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # GP
+        if name == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed)
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP)
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP)
+
+
+def _front(
+    trials: list[FrozenTrial], plan_of: Callable[[Mapping[str, float]], DimensionPlan]
+) -> tuple[tuple[DimensionPlan, float, int], ...]:
+    ordered = sorted(trials, key=lambda t: t.values[1])
+    return tuple((plan_of(t.params), t.values[0], int(t.values[1])) for t in ordered)
+
+
+def _knobs(space: DimensionSpace, rules: Rules) -> list[str]:
+    """Multipliers are relative, so the first kind and the first depth have none."""
+    kinds = [k for k in rules.kinds if any(d.kind == k for d in space.dimensions.values())]
+    depths = min(_DEPTHS, len(space.blocks()))
+    return [f"kind.{kind}" for kind in kinds[1:]] + [f"depth.{depth}" for depth in range(1, depths)]
+
+
+def _multipliers(space: DimensionSpace, params: Mapping[str, float]) -> dict[str, float]:
+    blocks = space.blocks()
+    depths = min(_DEPTHS, len(blocks))
+    found = {}
+    for dimension in space.dimensions.values():
+        exponent = params.get(f"kind.{dimension.kind}", 0.0)
+        if dimension.index in blocks:
+            exponent += params.get(f"depth.{blocks.index(dimension.index) * depths // len(blocks)}", 0.0)
+        found[dimension.name] = 2.0**exponent
+    return found
+
+
+def _cost(costs: PlanCosts, plan: DimensionPlan) -> npt.NDArray[np.int64]:
+    sizes = plan.sizes
+    return costs.of(np.array([sizes[n] for n in costs.names], dtype=np.int64))
+
+
+def _shrunk(budget: Budget, share: float, plain: DimensionPlan, costs: PlanCosts) -> Budget:
+    """The budget with multiply-adds at most ``share`` of what the plain ranking uses."""
+    if share >= 1:
+        return budget
+    return replace(budget, macs=max(2, int(share * int(_cost(costs, plain)[1]))))
+
+
+def _gain(plain: nn.Module, found: nn.Module, fresh: Objective) -> Gain:
+    ours, theirs = _whole(fresh(found)), _whole(fresh(plain))
+    error = (ours - theirs).std(ddof=1) / np.sqrt(len(ours)) if len(ours) > 1 else float("nan")
+    return Gain(float(theirs.mean()), float(ours.mean()), float(error), len(ours))
+
+
+def _name(importance: Importance, budget: Budget, rules: Rules, pareto: bool, label: str) -> str:
+    """A study's name tells its searches apart, so that one storage can hold many and each resumes its own."""
+    bounds = {k: v for k, v in asdict(budget).items() if v is not None or k != "latency"}  # names from before it stay
+    digest = hashlib.sha256(json.dumps([importance.space.sizes, bounds, asdict(rules), pareto, label]).encode())
+    for scores in importance.scores.values():
+        digest.update(np.ascontiguousarray(scores).tobytes())
+    return f"sidt-{digest.hexdigest()[:12]}"
+
+
+def _open(storage: str | None, name: str, pareto: bool) -> optuna.Study:
+    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: 2 if pareto else 1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
+        return optuna.create_study(
+            storage=storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+        )
+    except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot open the study storage {storage!r}: {reason}; give an Optuna storage URL") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One progress bar instead of a log line for each trial."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)

@@ -1,0 +1,350 @@
+"""Timing: the layers of a model at a grid of sizes, or of a sliced model beside the dense one.
+
+Layers are timed where they run, by hooks inside forwards of the whole model: there they find the caches and the
+memory that they will find in use, and their times sum up. Machines are noisy: plans are timed in turn, for several
+rounds, and a low quantile counts; where torch uses one thread, what other programs take of it is not counted at all.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sidt.allocation.greedy import Rules, allocate
+from sidt.cost.budget import Budget
+from sidt.cost.clock import time_layers, whereabouts
+from sidt.cost.complexity import report
+from sidt.cost.latency import LayerLatencies, LayerTable, combinations, differences, grid_of, load_latencies
+from sidt.errors import InputError
+from sidt.importance import Importance
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, owner_of
+from sidt.space.trace import Forward
+from sidt.surgery.slicing import slice_model
+
+Float = npt.NDArray[np.float64]
+Say = Callable[[str], None]
+
+ROUNDS = 5
+_FORWARDS = 2  # timed forwards of one plan in one round
+_QUANTILE = 0.25  # of equal measurements: others only ever make them longer
+_TIGHTENINGS = 3
+_PAYS = 1.1  # a layer pays if its latency shrinks as its multiply-adds do, to this factor
+
+
+def time_plans(
+    model: nn.Module,
+    plans: Sequence[DimensionPlan],
+    layers: Sequence[str],
+    *,
+    batch: int = 1,
+    rounds: int = ROUNDS,
+    forward: Forward = nn.Module.__call__,
+    progress: bool = True,
+) -> Float:
+    """Time the models of some plans, and layers inside them, in turn.
+
+    Args:
+        model: the dense model, on the device; it is not changed.
+        plans: the plans; one sliced model is in memory at a time.
+        layers: names of modules.
+        batch: images of a forward.
+        rounds: how often each plan has its turn.
+        forward: runs a model on a batch of images.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Milliseconds of every forward; shape [rounds, plans, forwards, 1 + layers], the whole model first.
+    """
+    parameter, size = next(model.parameters()), plans[0].space.trace.input_size
+    images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
+    found = np.zeros((rounds, len(plans), _FORWARDS, 1 + len(layers)))
+    with torch.inference_mode(), tqdm(total=rounds * len(plans), desc="latency", disable=not progress) as bar:
+        for turn in range(rounds):
+            for i, plan in enumerate(plans):
+                small = slice_model(model, plan)
+                small.eval()
+                seen = [time_layers(small, layers, images, forward) for _ in range(1 + _FORWARDS)]
+                found[turn, i] = seen[1:]  # the first is a warm-up
+                bar.update()
+    return found
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each module that dimensions live in, the smallest that is called: what it is and its dimensions.
+
+    Modules with equal dense sizes, class and shapes of inputs are the same.
+    """
+    parameter = next(model.parameters())
+    images = torch.zeros(1, *space.trace.input_size, device=parameter.device, dtype=parameter.dtype)
+    seen: dict[str, str] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = [tuple(v.shape) if isinstance(v, Tensor) else str(v) for v in (*args, *kwargs.values())]
+            seen[name] = f"{type(module).__qualname__} {inputs}"
+
+        return hook
+
+    whole = slice_model(model, DimensionPlan(space, {}))
+    whole.eval()
+    for name, module in whole.named_modules():
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+    with torch.inference_mode():
+        forward(whole, images)
+    owners: dict[str, list[str]] = {}
+    for dimension in space.dimensions.values():
+        if dimension.kind == "width":
+            continue
+        owner = space.attention.get(dimension.per or dimension.name) or owner_of(dimension.name, space.places)
+        while owner and owner not in seen:
+            owner = owner.rpartition(".")[0]
+        owners.setdefault(owner, []).append(dimension.name)
+    for outer in owners:
+        inner = next((name for name in owners if name != outer and name.startswith(f"{outer}." if outer else "")), None)
+        if inner is not None:
+            raise InputError(f"{space.model}: the time of {outer or 'the model'} includes that of {inner}")
+    sizes = space.sizes
+    return {o: (f"{seen[o]} {[sizes[n] for n in names]}", tuple(names)) for o, names in owners.items()}
+
+
+def first_units(space: DimensionSpace, sizes: Mapping[str, int]) -> DimensionPlan:
+    """The plan that keeps the first units; which ones makes no difference to the time."""
+    rows = {name: (sizes.get(parent, space.sizes[parent]),) for name, parent in space.per.items()}
+    return DimensionPlan(space, {n: np.broadcast_to(np.arange(s), (*rows.get(n, ()), s)) for n, s in sizes.items()})
+
+
+def measure_layers(
+    model: nn.Module,
+    space: DimensionSpace,
+    *,
+    batch: int = 1,
+    rounds: int = ROUNDS,
+    forward: Forward = nn.Module.__call__,
+    say: Say | None = None,
+    progress: bool = True,
+) -> LayerLatencies:
+    """Time the layers of a model at a grid of their sizes, on the model's device.
+
+    The model is sliced to every point of the grid, all layers at once, so that a forward times them all; equal
+    layers share their measurements. The residual width stays whole.
+
+    Args:
+        model: the dense model; it is not changed.
+        space: its space.
+        batch: images of a forward.
+        rounds: how often each point of the grid is timed, in turn.
+        forward: runs a model on a batch of images; default: calls it.
+        say: told beforehand how long it will take.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: layers cannot be timed apart from each other.
+    """
+    layers = timed_layers(model, space, forward)
+    kinds: dict[str, list[str]] = {}
+    for name, (what, _) in layers.items():
+        kinds.setdefault(what, []).append(name)
+    grids, points = {}, {}
+    for what, names in kinds.items():
+        dims = [space.dimensions[n] for n in layers[names[0]][1]]
+        grids[what] = tuple(grid_of(d.kind, d.size, fixed=d.fixed) for d in dims)
+        points[what] = combinations(grids[what])
+    plans = []
+    for turn in range(max(map(len, points.values()))):
+        sizes: dict[str, int] = {}
+        for what, its in layers.values():
+            point = points[what][turn % len(points[what])]
+            sizes |= {n: grids[what][axis][i] for axis, (n, i) in enumerate(zip(its, point, strict=True))}
+        plans.append(first_units(space, sizes))
+    names, begin = list(layers), time.perf_counter()
+    time_plans(model, plans[:1], names, batch=batch, rounds=1, forward=forward, progress=False)
+    seconds = (time.perf_counter() - begin) * rounds * len(plans)
+    if say is not None:
+        say(f"latency: {len(plans)} sizes of {len(names)} layers, {rounds} times: {seconds:.0f} s or less")
+    seen = time_plans(model, plans, names, batch=batch, rounds=rounds, forward=forward, progress=progress)
+    tables = []
+    for what, members in kinds.items():
+        columns = [1 + names.index(name) for name in members]
+        times = np.zeros([len(sizes) for sizes in grids[what]])
+        for i, point in enumerate(points[what]):
+            times[point] = np.quantile(seen[:, i :: len(points[what])][..., columns], _QUANTILE)
+        tables.append(LayerTable({n: layers[n][1] for n in members}, grids[what], times.tolist()))
+    dense = float(np.quantile(seen[:, 0, :, 0], _QUANTILE))
+    return LayerLatencies(space, whereabouts(model, space, batch), dense, tuple(tables))
+
+
+# --- the budget, met on the clock ---------------------------------------------------------------------------------
+
+
+def fit_latency(
+    model: nn.Module,
+    importance: Importance,
+    budget: Budget,
+    latencies: LayerLatencies,
+    *,
+    rules: Rules | None = None,
+    rounds: int = ROUNDS,
+    forward: Forward = nn.Module.__call__,
+    say: Say | None = None,
+    progress: bool = True,
+) -> LayerLatencies:
+    """Tighten tables until the plan they lead to meets a budget's latency on the clock, not only in the table.
+
+    The plain ranking's plan is sliced and timed beside the dense model. Where it saves less than the tables
+    promised, that much less is believed of all savings, for at most three turns. Tables are never loosened.
+
+    Args:
+        model: the dense model, on the device that the tables are of.
+        importance: its scores.
+        budget: with a latency.
+        latencies: the tables.
+        rules: what allocation may do.
+        rounds: how often both models are timed.
+        forward: runs a model on a batch of images.
+        say: told how each turn ended.
+        progress: whether to show a progress bar.
+
+    Raises:
+        InputError: the budget cannot be met.
+    """
+    rules, space = rules or Rules(), importance.space
+    limit = budget.bounds(1, 1, round(latencies.dense_ms * 1e6))[2]
+    if limit is None:
+        raise InputError(f"the budget {budget} has no latency to fit; give one, such as Budget(latency='20ms')")
+    batch = int(latencies.where["batch"])
+    for _ in range(_TIGHTENINGS):
+        plan = allocate(importance, budget, **vars(rules), latencies=latencies)
+        both = [DimensionPlan(space, {}), plan]
+        seen = time_plans(model, both, (), batch=batch, rounds=rounds, forward=forward, progress=progress)
+        seen = seen[..., 0].min(axis=-1)
+        # Beside the dense model of the same minute: a machine that is slower today is not a plan that is.
+        real = latencies.dense_ms * float(np.median(seen[:, 1] / seen[:, 0]))
+        predicted = latencies.milliseconds(plan.sizes)
+        if say is not None:
+            say(f"latency: {real:.2f} ms measured, {predicted:.2f} ms by the table, {limit / 1e6:.2f} ms allowed")
+        saved = latencies.dense_ms - predicted
+        if real * 1e6 <= limit or saved <= 0:
+            return latencies
+        part = max(0.0, latencies.dense_ms - real) / saved
+        latencies = latencies.tightened(latencies.realised * part)
+    return latencies
+
+
+def latencies_for(
+    folder: Path,
+    model: nn.Module,
+    importance: Importance,
+    budget: Budget,
+    rules: Rules,
+    say: Say,
+    *,
+    forward: Forward = nn.Module.__call__,
+) -> LayerLatencies | None:
+    """The tables that a search under a budget needs: what is in a folder, or measured, fitted and written there.
+
+    Tables of another machine are taken as they are, and it is said: a model may be searched here for a machine
+    elsewhere. A search that goes on gets the very same tables.
+
+    Returns:
+        ``None`` for a budget without a latency.
+    """
+    if budget.latency is None:
+        return None
+    space, layers = importance.space, folder / "layers.json"
+    if layers.is_file():
+        latencies = load_latencies(layers, space)
+        here = whereabouts(model, space, int(latencies.where.get("batch", 1)))
+        if other := differences(latencies.where, here):
+            say(f"latency: {layers} was measured elsewhere ({other}); it is used as it is; delete it to measure here")
+            return latencies
+    else:
+        latencies = measure_layers(model, space, forward=forward, say=say)
+        latencies.save(layers)
+    key = hashlib.sha256(f"{budget} {rules} {latencies.digest()}".encode()).hexdigest()[:12]
+    fitted = folder / f"fitted-{key}.json"
+    if not fitted.is_file():
+        fit_latency(model, importance, budget, latencies, rules=rules, forward=forward, say=say).save(fitted)
+    return load_latencies(fitted, space)
+
+
+# --- which layers pay ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What a plan does to one layer, or to the whole model.
+
+    Attributes:
+        name: the module; "(rest)" for what is in none, "(model)" for all.
+        dense_ms: its median milliseconds in the dense model.
+        sliced_ms: in the sliced one.
+        latency: the part that is left, the median of rounds in which both were timed.
+        macs: the part of its multiply-adds that is left.
+        pays: whether the first is at most 1.1 times the second in at least a quarter of the rounds.
+    """
+
+    name: str
+    dense_ms: float
+    sliced_ms: float
+    latency: float
+    macs: float
+    pays: bool
+
+
+def compare_layers(
+    model: nn.Module,
+    plan: DimensionPlan,
+    *,
+    batch: int = 1,
+    rounds: int = 2 * ROUNDS,
+    forward: Forward = nn.Module.__call__,
+    progress: bool = True,
+) -> list[LayerTime]:
+    """Time a dense model and its sliced one in turn, layer by layer, beside their multiply-adds.
+
+    Args:
+        model: the dense model; it is not changed.
+        plan: what to slice it by.
+        batch: images of a forward.
+        rounds: how often both are timed.
+        forward: runs a model on a batch of images.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A row for each layer that dimensions live in, one for the rest and one for the whole.
+    """
+    space, both = plan.space, [DimensionPlan(plan.space, {}), plan]
+    names = list(timed_layers(model, space, forward))
+    seen = time_plans(model, both, names, batch=batch, rounds=rounds, forward=forward, progress=progress).min(axis=2)
+    whole, inside = seen[..., :1], seen[..., 1:]
+    times = np.concatenate([inside, whole - inside.sum(axis=-1, keepdims=True), whole], axis=-1)
+    macs = np.array([macs_of(space, names, p.sizes) for p in both])
+    rows = []
+    for i, name in enumerate([*names, "(rest)", "(model)"]):
+        dense, sliced = times[:, 0, i], times[:, 1, i]
+        left = sliced / dense
+        share = float(macs[1, i] / macs[0, i]) if macs[0, i] else 1.0
+        pays = bool(np.quantile(left, 0.25) <= _PAYS * share)
+        latency = float(np.median(left))
+        rows.append(LayerTime(name, float(np.median(dense)), float(np.median(sliced)), latency, share, pays))
+    return rows
+
+
+def macs_of(space: DimensionSpace, names: Sequence[str], sizes: Mapping[str, int]) -> list[int]:
+    """Multiply-adds of some modules, of the rest, and of all."""
+    rows = report(space, sizes).rows
+    inside = [sum(r.macs for r in rows if r.name == n or r.name.startswith(f"{n}.")) for n in names]
+    total = sum(r.macs for r in rows)
+    return [*inside, total - sum(inside), total]

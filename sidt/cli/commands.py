@@ -1,0 +1,269 @@
+"""The command line: arguments in, functions called, text out. Imports happen inside commands, so that help is quick."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidt.cli.detect import detect, detection, names_a_detector
+from sidt.cli.options import DEVICE, OUT, SOURCE, image_size, number
+from sidt.errors import InputError
+
+if TYPE_CHECKING:
+    from sidt.runs.folder import Run
+
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sidt")
+def cli() -> None:
+    """Make vision transformers smaller by searching their dimensions."""
+
+
+cli.add_command(detect)
+
+
+def _step(command: Any) -> Any:
+    """The arguments that every step of a run has."""
+    for decorate in (DEVICE, _SET, OUT, SOURCE):
+        command = decorate(command)
+    return command
+
+
+def _open(
+    source: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    device: str | None,
+    values: Mapping[str, Any] | None = None,
+) -> "Run":
+    """The run that a step works on; options that were given become overrides of its config."""
+    import json
+
+    from sidt.runs.folder import open_run
+
+    given = {**(values or {}), "device": device}
+    named = tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
+    return open_run(source, out, (*overrides, *named))
+
+
+def _do(step: Callable[["Run"], str], run: "Run") -> None:
+    """Do one step, say what it did, and keep the config that it was done with."""
+    from sidt.runs.folder import remember
+
+    click.echo(step(run))
+    remember(run)
+
+
+@cli.command()
+@_step
+def train(**arguments: Any) -> None:
+    """Train the dense model, or take the weights that the config names."""
+    from sidt.runs import pipeline
+
+    _do(pipeline.train, _open(**arguments))
+
+
+@cli.command()
+@_step
+def score(**arguments: Any) -> None:
+    """Score the importance of every unit."""
+    from sidt.runs import pipeline
+
+    _do(pipeline.score, _open(**arguments))
+
+
+@cli.command()
+@_step
+@click.option(
+    "--budget.params",
+    "budget_params",
+    metavar="X",
+    help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
+)
+@click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
+@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
+@click.option("--trials", type=int, help="Finished trials in all.")
+@click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
+@click.option("--seed", type=int, help="Of Optuna's sampler.")
+@click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
+@click.option("--pareto", is_flag=True, default=None, help="Accuracy against multiply-adds, at or below the budget.")
+def search(
+    budget_params: str | None,
+    budget_macs: str | None,
+    budget_latency: str | None,
+    trials: int | None,
+    timeout: float | None,
+    seed: int | None,
+    storage: str | None,
+    pareto: bool | None,
+    **arguments: Any,
+) -> None:
+    """Search the plan within the budget. Stop it with Ctrl-C; the same command goes on."""
+    from sidt.runs import pipeline
+
+    values: dict[str, Any] = {
+        "search.trials": trials,
+        "search.timeout": timeout,
+        "search.storage": storage,
+        "search.pareto": pareto,
+        "seed": seed,
+    }
+    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
+    if any(bound is not None for bound in budget.values()):
+        values["budget"] = budget  # as a whole: a bound that the config has and the command has not is dropped
+    _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
+
+
+@cli.command(name="slice")
+@_step
+def slice_(**arguments: Any) -> None:
+    """Slice the dense model by the plan."""
+    from sidt.runs import pipeline
+
+    _do(pipeline.slice_, _open(**arguments))
+
+
+@cli.command()
+@_step
+@click.option("--teacher", is_flag=True, help="Learn from the dense model too, as the config's section teacher says.")
+def finetune(teacher: bool, **arguments: Any) -> None:
+    """Train the sliced model further."""
+    from sidt.runs import pipeline
+
+    run = _open(**arguments)
+    if teacher and run.config.teacher is None:
+        run = _open(**arguments, values={"teacher": {}})
+    _do(pipeline.finetune, run)
+
+
+@cli.command()
+@_step
+def evaluate(**arguments: Any) -> None:
+    """Top-1 on the test split, parameters, MACs and latency of the run's models."""
+    from sidt.runs import pipeline
+
+    _do(pipeline.evaluate, _open(**arguments))
+
+
+@cli.command()
+@_step
+def report(**arguments: Any) -> None:
+    """Write report.md and its plots."""
+    from sidt.runs import pipeline
+
+    _do(pipeline.write_report, _open(**arguments))
+
+
+@cli.command()
+@_step
+def run(**arguments: Any) -> None:
+    """All steps: train, score, search, slice, finetune, evaluate, report."""
+    from sidt.runs import pipeline
+
+    pipeline.run_all(_open(**arguments), click.echo)
+
+
+@cli.command()
+@OUT
+@_SET
+@DEVICE
+def demo(**arguments: Any) -> None:
+    """The whole way on handwritten digits, with nothing to download: 40 % fewer parameters in minutes."""
+    from importlib import resources
+
+    from sidt.runs import pipeline
+
+    with resources.as_file(resources.files("sidt.configs") / "classification" / "digits_vit.yaml") as config:
+        arguments["out"] = arguments["out"] or Path("runs") / "demo"
+        opened = _open(source=config, **arguments)
+    pipeline.run_all(opened, click.echo)
+    click.echo((opened.folder / "report.md").read_text(encoding="utf-8"))
+
+
+@cli.command()
+@click.argument("model", required=False)
+def spaces(model: str | None) -> None:
+    """List the families of backbones, or print the dimensions of a timm MODEL."""
+    if model is None:
+        from sidt.runs.report import table
+        from sidt.space.families import families
+
+        rows = [[family.file.stem, name] for family in families() for name in family.models]
+        click.echo(table(["search space", "model class"], rows))
+        return
+    from sidt.cost.complexity import shares
+    from sidt.export.checkpoint import create_model
+    from sidt.runs.report import dimensions_table
+    from sidt.space.space import space_for
+
+    space = space_for(create_model(model, {}))
+    click.echo(dimensions_table(space, shares(space)))
+
+
+@cli.command()
+@click.argument("source", metavar="MODEL|RUN|CONFIG")
+@click.option("--plan", type=click.Path(path_type=Path), help="A plan.json: dense beside sliced.")
+@click.option(
+    "--input",
+    "input_size",
+    metavar="3x224x224",
+    help="Channels x height x width; default: what the model was built for.",
+)
+@click.option("--by", type=click.Choice(["module", "block", "kind"]), help="Rows of a backbone; default: block.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "md", "csv", "latex", "json"]),
+    default="table",
+    show_default=True,
+)
+@click.option("--latency", is_flag=True, help="Time each layer here, dense and sliced, and say which do not pay.")
+def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, style: Any, latency: bool) -> None:
+    """Parameters and multiply-adds of a timm MODEL, a RUN folder (with its plan), or a CONFIG's model.
+
+    For a detector (an MMDetection config, or a run of ``sidt detect``): backbone, neck and heads, dense beside 20 %
+    and 40 % fewer parameters in the backbone, or beside the plan.
+    """
+    size = image_size(input_size)
+    if names_a_detector(source):
+        if by is not None:
+            raise InputError(f"--by {by} is for backbones; the table of a detector has its parts as rows")
+        if latency:
+            raise InputError("--latency is for backbones; `sidt detect evaluate` times detectors")
+        click.echo(detection("complexity").complexity_text(source, plan, size, style))
+        return
+    from sidt.runs.report import complexity_text
+    from sidt.runs.sources import complexity_of, latency_of
+
+    if latency:
+        click.echo(latency_of(source, plan, size, style))
+        return
+    dense, sliced = complexity_of(source, plan, size, by or "block")
+    click.echo(complexity_text(dense, sliced, style))
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one line on stderr and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except InputError as error:
+        _fail(" ".join(str(error).split()), 2)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped; what was finished is kept, and the same command goes on from there", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"sidt: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,254 @@
+"""``sidt detect``: the command line of detection. Imports happen inside commands, so that help is quick."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidt.cli.options import DEVICE, OUT, SOURCE, image_size, number
+from sidt.errors import InputError
+
+_OPTIONS = click.option(
+    "--cfg-options",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a value of the MMDetection config, e.g. train_cfg.max_epochs=3. Repeatable.",
+)
+_DATA = click.option(
+    "--data-root", type=click.Path(path_type=Path), help="The folder of the data, in place of the config's data_root."
+)
+_LAUNCHER = click.option(
+    "--launcher", type=click.Choice(["none", "pytorch", "slurm", "mpi"]), default="none", help="As MMDetection's."
+)
+_AMP = click.option("--amp", is_flag=True, help="Automatic mixed precision.")
+_HOLDOUT = click.option(
+    "--holdout", metavar="X", help="Training images held out for the search: a fraction or a number."
+)
+
+
+@click.group()
+def detect() -> None:
+    """Prune, train and evaluate detectors of MMDetection."""
+
+
+def names_a_detector(source: str) -> bool:
+    """Whether a source is an MMDetection config, a run of ``sidt detect``, or a detector's folder."""
+    path = Path(source)
+    return path.suffix == ".py" or any((path / name / "config.py").is_file() for name in ("", "dense"))
+
+
+def detection(module: str) -> Any:
+    """A module of ``sidt.detection``.
+
+    Raises:
+        InputError: the detection extra is not installed; the message says the command that installs it.
+    """
+    import io
+    import warnings
+    from contextlib import redirect_stdout
+
+    try:
+        # MMDetection tells what optional packages it has not found.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(f"sidt.detection.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("mmdet", "mmcv", "mmengine", "pycocotools"):
+            raise
+        raise InputError(
+            f"detection needs {error.name}, which is not installed; install it with `uv sync --extra detection` in "
+            f"the repository, or `uv pip install 'sidt[detection]'`"
+        ) from None
+
+
+def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in options:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"cannot read --cfg-options {text!r}; write key=value, e.g. train_cfg.max_epochs=3")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"cannot read the value of --cfg-options {text!r} as YAML") from None
+    return values
+
+
+def _mixed_precision(options: dict[str, Any], amp: bool) -> dict[str, Any]:
+    """The options of MMDetection's ``--amp``."""
+    return (
+        options | {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": "dynamic"} if amp else options
+    )
+
+
+@detect.command()
+@SOURCE
+@OUT
+@_DATA
+@_OPTIONS
+@_HOLDOUT
+@_AMP
+@_LAUNCHER
+def train(
+    source: Path,
+    out: Path | None,
+    data_root: Path | None,
+    options: tuple[str, ...],
+    holdout: str | None,
+    amp: bool,
+    launcher: str,
+) -> None:
+    """Train the dense detector with MMEngine's Runner; the same command goes on after a stop."""
+    pipeline = detection("pipeline")
+    if source.is_dir():
+        raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
+    values = _mixed_precision(_parsed(options), amp)
+    run = detection("runs").open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
+    click.echo(pipeline.train_dense(run, launcher=launcher))
+
+
+@detect.command()
+@SOURCE
+@OUT
+@_DATA
+@_OPTIONS
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Weights of the trained detector: MMDetection's .pth, or safetensors.",
+)
+@click.option(
+    "--budget.params",
+    "budget_params",
+    metavar="X",
+    help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
+)
+@click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
+@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
+@click.option("--on", type=click.Choice(["backbone", "detector"]), help="What the budget is of; default: backbone.")
+@click.option("--score", type=click.Choice(["taylor", "fisher", "magnitude", "random"]), help="The importance.")
+@click.option("--score-images", type=int, help="Training images that the importance is measured on.")
+@click.option("--objective", type=click.Choice(["ap", "loss"]), help="What trials are judged by on held-out images.")
+@_HOLDOUT
+@click.option("--kinds", help="Kinds of dimensions to search, e.g. heads,qk,v,mlp,width.")
+@click.option("--round-to", type=int, help="Sizes become multiples of this.")
+@click.option("--input", "input_size", metavar="3x800x1280", help="Image size that costs are stated at.")
+@click.option("--trials", type=int, help="Finished trials in all.")
+@click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
+@click.option("--seed", type=int, help="Of the held-out images and of Optuna's sampler.")
+@click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
+@DEVICE
+def search(
+    source: Path,
+    out: Path | None,
+    data_root: Path | None,
+    options: tuple[str, ...],
+    checkpoint: Path | None,
+    budget_params: str | None,
+    budget_macs: str | None,
+    budget_latency: str | None,
+    holdout: str | None,
+    kinds: str | None,
+    input_size: str | None,
+    **settings: Any,
+) -> None:
+    """Score the backbone by the detector's own loss, search its dimensions within the budget, slice the detector.
+
+    Stop it with Ctrl-C; the same command goes on.
+    """
+    pipeline = detection("pipeline")
+    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
+    given = {
+        **settings,
+        "budget": budget if any(bound is not None for bound in budget.values()) else None,
+        "holdout": number(holdout),
+        "kinds": kinds.split(",") if kinds else None,
+        "input_size": image_size(input_size),
+    }
+    run = detection("runs").open_run(source, out, _parsed(options), given, data_root=data_root)
+    if checkpoint is not None:
+        click.echo(pipeline.take_checkpoint(run, checkpoint))
+    click.echo(pipeline.search(run, click.echo))
+
+
+@detect.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="RUN")
+@_DATA
+@_OPTIONS
+@_AMP
+@click.option("--teacher", is_flag=True, help="Learn from the dense detector too, as the config's sidt.teacher says.")
+@_LAUNCHER
+def finetune(
+    source: Path, data_root: Path | None, options: tuple[str, ...], amp: bool, teacher: bool, launcher: str
+) -> None:
+    """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
+    pipeline = detection("pipeline")
+    run = detection("runs").open_run(source, data_root=data_root)
+    click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
+
+
+@detect.command()
+@SOURCE
+@OUT
+@_DATA
+@_OPTIONS
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights for a CONFIG; they become its dense detector."
+)
+@click.option("--per-class", is_flag=True, help="Also the AP of each class.")
+@click.option("--draw", type=int, default=0, help="Draw the boxes of this many test images, detectors side by side.")
+@click.option("--no-latency", is_flag=True, help="Do not time the detectors.")
+@click.option("--input", "input_size", metavar="3x800x1280", help="Image size that costs are stated at.")
+@click.option(
+    "--format", "style", type=click.Choice(["table", "md", "csv", "latex"]), default="table", show_default=True
+)
+@_LAUNCHER
+def evaluate(
+    source: Path,
+    out: Path | None,
+    data_root: Path | None,
+    options: tuple[str, ...],
+    checkpoint: Path | None,
+    per_class: bool,
+    draw: int,
+    no_latency: bool,
+    input_size: str | None,
+    style: Any,
+    launcher: str,
+) -> None:
+    """COCO scores, parameters, MACs and latency of a run's detectors, as a table and in evaluation.json."""
+    pipeline = detection("pipeline")
+    run = detection("runs").open_run(
+        source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root
+    )
+    if checkpoint is not None:
+        click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
+    table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)
+    click.echo(table)
+    if draw:
+        click.echo(pipeline.draw(run, draw))
+
+
+@detect.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--train", type=int, default=None, help="Training images.")
+@click.option("--val", type=int, default=None, help="Test images.")
+@click.option("--size", type=int, default=None, help="Side of the images in pixels.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def digits(folder: Path, seed: int, **numbers: int | None) -> None:
+    """Write the digits detection set to FOLDER, in COCO format."""
+    given = {name: value for name, value in numbers.items() if value is not None}
+    click.echo(detection("digits").write_digits(folder, seed=seed, **given))
+
+
+@detect.command()
+@OUT
+@_OPTIONS
+@DEVICE
+def demo(out: Path | None, options: tuple[str, ...], device: str | None) -> None:
+    """The whole way on handwritten digits, with nothing to download: a detector with a 40 % smaller backbone."""
+    detection("demo").demo(out or Path("runs") / "detect-demo", _parsed(options), device, click.echo)

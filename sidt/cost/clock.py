@@ -1,0 +1,79 @@
+"""The clock: what time a forward and the modules in it take, and on which machine."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidt.space.space import DimensionSpace
+from sidt.space.trace import Forward
+
+
+def whereabouts(model: nn.Module, space: DimensionSpace, batch: int) -> dict[str, Any]:
+    """What a latency depends on besides the plan, for a model on its device."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    clock = {time.thread_time: "the thread's own", time.perf_counter: "wall"}[_cpu_clock()]
+    return {
+        "machine": name,
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "clock": clock if device.type == "cpu" else "events",
+        "batch": batch,
+        "input": list(space.trace.input_size),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
+
+
+def _cpu_clock() -> Callable[[], float]:
+    """With one thread its own time, in which other programs do not show; else, or where that is coarse, the wall's."""
+    fine = time.get_clock_info("thread_time").resolution <= 1e-6
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in the time of a device: seconds on CPU, elsewhere an event, so that nothing waits for it."""
+    if device.type == "cpu":
+        return _cpu_clock()()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(first: Any, second: Any) -> float:
+    """Milliseconds between two marks."""
+    return float(second - first) * 1e3 if isinstance(first, float) else float(first.elapsed_time(second))
+
+
+def time_layers(model: nn.Module, layers: Sequence[str], images: Tensor, forward: Forward) -> list[float]:
+    """Milliseconds of one forward, and of each of some modules in it; of a module that is called twice, both."""
+    marks: dict[str, list[Any]] = {name: [] for name in layers}
+    with ExitStack() as stack:
+        for name in layers:
+            module, own = model.get_submodule(name), marks[name]
+            before = module.register_forward_pre_hook(lambda *_, own=own: own.append(_mark(images.device)))
+            after = module.register_forward_hook(lambda *_, own=own: own.append(_mark(images.device)))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        begin = _mark(images.device)
+        forward(model, images)
+        end = _mark(images.device)
+    if images.device.type != "cpu":
+        torch.accelerator.synchronize()
+    inside = [sum(map(_between, marks[n][::2], marks[n][1::2])) for n in layers]
+    return [_between(begin, end), *inside]

@@ -1,0 +1,207 @@
+"""The config of a run: one YAML file, checked before anything starts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sidt.allocation.study import Sampler
+from sidt.cost.budget import Budget
+from sidt.errors import InputError
+from sidt.importance.gates import GateConfig
+from sidt.space.families import INNER_KINDS, Kind
+from sidt.training.data import DataConfig
+from sidt.training.distillation import TeacherConfig
+from sidt.training.loop import TrainConfig
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """The dense model.
+
+    Attributes:
+        name: a timm model.
+        args: keyword arguments for ``timm.create_model``.
+        pretrained: whether timm loads its published weights.
+        checkpoint: a state dict of your own (safetensors, or a torch file of tensors only).
+    """
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: Path | None = None
+
+
+class ScoreConfig(_Strict):
+    """Which importance.
+
+    Attributes:
+        method: the criterion; gates are SiDT's search stage.
+        images: training images it is measured on, or that gates are learned on.
+        options: keyword arguments of the criterion.
+        gates: how gates are learned.
+    """
+
+    method: Literal["random", "magnitude", "taylor", "fisher", "activation", "gates"] = "taylor"
+    images: int = Field(default=1024, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    gates: GateConfig = GateConfig()
+
+
+class BudgetConfig(_Strict):
+    """The budget; see :class:`sidt.Budget`."""
+
+    params: float | int | str | None = None
+    macs: float | int | str | None = None
+    latency: float | str | None = None
+
+    @model_validator(mode="after")
+    def _valid(self) -> "BudgetConfig":
+        self.value()
+        return self
+
+    def value(self) -> Budget:
+        """The budget itself."""
+        return Budget(self.params, self.macs, self.latency)
+
+
+class SearchConfig(_Strict):
+    """How to search.
+
+    Attributes:
+        trials: finished trials in all.
+        timeout: seconds after which no new trial starts.
+        images: held-out images that a trial is measured on; None: all.
+        sampler: Optuna's: tpe, cmaes, gp or random.
+        objective: what trials are judged by: top1, or loss (the log-likelihood of the right class, less noisy).
+        warm: run folders whose searches' best multipliers are tried right after the plain ranking.
+        jobs: trials at a time, in threads of one process; several processes may share a storage as well.
+        storage: Optuna storage URL; None: SQLite in the run folder.
+        pareto: accuracy against multiply-adds, at or below the budget.
+        kinds: the kinds of dimensions that are searched.
+        freeze: patterns of dimensions that stay whole.
+        min_units: the least units of a dimension; 0 lets heads and mlp go to none.
+        round_to: what sizes are multiples of.
+    """
+
+    trials: int = Field(default=40, ge=1)
+    timeout: float | None = Field(default=None, gt=0)
+    images: int | None = Field(default=None, ge=1)
+    sampler: Sampler = "tpe"
+    objective: Literal["top1", "loss"] = "loss"
+    warm: tuple[Path, ...] = ()
+    jobs: int = Field(default=1, ge=1)
+    storage: str | None = None
+    pareto: bool = False
+    kinds: tuple[Kind, ...] = INNER_KINDS
+    freeze: tuple[str, ...] = ()
+    min_units: int = Field(default=1, ge=0)
+    round_to: int = Field(default=1, ge=1)
+
+
+class RunConfig(_Strict):
+    """A whole run, from the dense model to the fine-tuned small one.
+
+    Attributes:
+        model: the dense model.
+        data: the data.
+        train: how the dense model is trained; None: it comes with its weights.
+        score: the importance.
+        repair: whether the dense model is aligned before it is scored, and what lost inputs is refitted after every
+            slice, on the images of the scores.
+        budget: what the small model may cost.
+        search: the search.
+        finetune: how the small model is trained.
+        teacher: how the dense model teaches it meanwhile; None: it does not.
+        device: where all of it runs, unless a training says otherwise.
+        seed: of the search and of random scores.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig | None = None
+    score: ScoreConfig = ScoreConfig()
+    repair: bool = True
+    budget: BudgetConfig
+    search: SearchConfig = SearchConfig()
+    finetune: TrainConfig = TrainConfig()
+    teacher: TeacherConfig | None = None
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a config.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.subkey=value`` texts that replace or add values; the value is read as YAML.
+
+    Raises:
+        InputError: the file or a value cannot be used; it names the key, the value seen and what is expected.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"the config {path} must be a mapping with the keys {', '.join(RunConfig.model_fields)}")
+    for text in overrides:
+        _override(tree, text)
+    return parse(RunConfig, tree, str(path))
+
+
+def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Validate values as a config class; the error is one line and names the first wrong key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; known here: {', '.join(_known(model, first['loc']))}"
+        seen = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        raise InputError(f"{source}: {key}: {message}{seen}"[:600]) from None
+
+
+def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
+    for part in where[:-1]:
+        field = model.model_fields.get(str(part))
+        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"cannot read the override {text!r}; write key=value, for example search.trials=100")
+    *path, leaf = key.split(".")
+    for part in path:
+        inner = tree.setdefault(part, {})
+        if inner is None:
+            inner = tree[part] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"cannot set {key}: {part} is {inner!r}, not a section")
+        tree = inner
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read the value of the override {text!r} as YAML") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML, every value spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,105 @@
+"""A run folder: what the steps of a run leave there, and how they find it again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sidt.errors import InputError
+from sidt.export.checkpoint import load
+from sidt.files import read_json, write_text
+from sidt.runs.config import RunConfig, dump_config, read_config
+from sidt.space.plan import DimensionPlan, load_plan
+from sidt.space.space import DimensionSpace
+from sidt.training.devices import resolve_device
+
+# What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
+PLAN, SEARCH = "search/plan.json", "search/search.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the config of the run."""
+
+    folder: Path
+    config: RunConfig
+
+    @property
+    def device(self) -> str:
+        """The device of everything but a training that names its own."""
+        return str(resolve_device(self.config.device))
+
+
+def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = ()) -> Run:
+    """Open a run folder, or start one from a config.
+
+    Args:
+        source: a run folder, or a config file.
+        out: the run folder for a config; default: ``runs/<name of the config>``.
+        overrides: ``key=value`` texts; see :func:`sidt.runs.config.read_config`.
+
+    Raises:
+        InputError: the source is neither, the config is wrong, or the folder cannot be written.
+    """
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise InputError(
+                f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
+            )
+        folder, config = source, read_config(source / "config.yaml", overrides)
+    elif source.is_file():
+        folder, config = out or Path("runs") / source.stem, read_config(source, overrides)
+    else:
+        raise InputError(f"{source} is neither a config file nor a run folder")
+    resolve_device(config.device)
+    run = Run(folder, config)
+    if source.is_file():
+        remember(run)
+    return run
+
+
+def remember(run: Run) -> None:
+    """Write the run's config to its folder. A step on a run folder does this once it has succeeded."""
+    write_text(run.folder / "config.yaml", dump_config(run.config))
+
+
+def existing(run: Run, name: str, step: str) -> Path:
+    """A file of the run.
+
+    Raises:
+        InputError: it is not there; the message names the step that writes it.
+    """
+    path = run.folder / name
+    if not path.exists():
+        raise InputError(f"{path} is not there; run `sidt {step} {run.folder}` first")
+    return path
+
+
+def dense_model(run: Run) -> nn.Module:
+    """The dense model as it was trained."""
+    return load(existing(run, "dense/config.json", "train").parent)
+
+
+def base_model(run: Run) -> nn.Module:
+    """The dense model in the basis of the scores and plans."""
+    existing(run, "dense/config.json", "train")
+    return load(existing(run, "base/config.json", "score").parent)
+
+
+def searched_plan(run: Run, space: DimensionSpace) -> DimensionPlan:
+    """The plan that the search found."""
+    return load_plan(existing(run, PLAN, "search"), space)
+
+
+def check_one_plan(run: Run) -> None:
+    """After another search, what was sliced and fine-tuned before is not its result.
+
+    Raises:
+        InputError: the models and the plan of the run are of two searches.
+    """
+    for name, step in (("sliced/plan.json", "slice"), ("plan.json", "finetune")):
+        path = run.folder / name
+        if path.exists() and (run.folder / PLAN).exists() and read_json(path) != read_json(run.folder / PLAN):
+            raise InputError(
+                f"{path} is of another plan than {run.folder / PLAN}; run `sidt {step} {run.folder}` again"
+            )

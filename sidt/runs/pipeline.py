@@ -1,0 +1,357 @@
+"""The steps of a run, each from files to files in a run folder, each re-runnable.
+
+::
+
+    train -> dense/            score -> base/, scores.safetensors      search -> study.db, search/
+    slice -> sliced/           finetune -> config.json, plan.json, model.safetensors (the result, for sidt.load)
+    evaluate -> evaluation.json        report -> report.md, kept.png, search.png
+
+base/ is the dense model in the basis that scores and plans are of (see :mod:`sidt.surgery.alignment`); what it computes is the
+same.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from sidt import importance as criteria
+from sidt.allocation.greedy import Rules
+from sidt.allocation.study import Gain
+from sidt.allocation.study import search as optuna_search
+from sidt.allocation.timing import latencies_for
+from sidt.cost.complexity import measure, report, time_forward
+from sidt.errors import InputError
+from sidt.export.checkpoint import create_model, load, load_weights, save
+from sidt.files import read_json, write_json, write_text
+from sidt.importance import Importance, load_importance
+from sidt.importance.gates import learn_gates
+from sidt.runs import report as reporting
+from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.alignment import align
+from sidt.surgery.compensation import compensate, refit_width
+from sidt.surgery.moments import Moments, measure_moments
+from sidt.surgery.slicing import slice_model
+from sidt.training.batches import make_loader
+from sidt.training.data import Splits, load_data
+from sidt.training.distillation import distillation_loss
+from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
+from sidt.training.loop import Loss, TrainConfig, fit, weights_digest
+
+LATENCY = "latency"
+_JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
+_WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
+_PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> str:
+    """Train the dense model, or take it with the weights it comes with."""
+    config, data = run.config, load_data(run.config.data)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model.name, config.model.args, pretrained=config.model.pretrained)
+    space_for(model)  # a model without a space is said now, not after training
+    if config.model.checkpoint is not None:
+        load_weights(model, config.model.checkpoint)
+    check_classes(model, len(data.classes))
+    if config.train is not None:
+        _fit(run, model, data, config.train, "train")
+    elif not config.model.pretrained and config.model.checkpoint is None:
+        raise InputError(
+            "the model has no weights: set train, model.checkpoint, or model.pretrained=true in the config"
+        )
+    save(model.cpu(), run.folder / "dense", name=config.model.name, args=config.model.args)
+    accuracy = _percent(top1(model, data.holdout, device=run.device))
+    return f"dense model: {accuracy} on held-out images -> {run.folder / 'dense'}"
+
+
+def score(run: Run) -> str:
+    """Align the dense model, if it is to be repaired, and score every unit of it."""
+    model, config, begin = dense_model(run), run.config.score, time.perf_counter()
+    space = space_for(model)
+    if run.config.repair:
+        model = align(model, _moments(run, model))[0]
+    if config.method == "gates":
+        found = _gate_scores(run, model, space)
+    else:
+        options = dict(config.options)
+        if config.method == "random":
+            options.setdefault("seed", run.config.seed)
+        arguments: tuple[Any, ...] = (model,)
+        if config.method not in ("random", "magnitude"):
+            images = _sample(load_data(run.config.data).calibration, config.images)
+            arguments = (model.to(run.device), make_loader(images, 64))
+        criterion: Callable[..., Importance] = getattr(criteria, config.method)
+        try:
+            found = criterion(*arguments, space=space, **options)
+        except TypeError as error:
+            raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
+    found.save(run.folder / "scores.safetensors")
+    save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
+    return f"scores by {config.method} in {time.perf_counter() - begin:.0f} s -> {run.folder / 'scores.safetensors'}"
+
+
+def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
+    """Learn gates on training images; a stopped training goes on."""
+    config = run.config.score
+    if config.options:
+        raise InputError(f"score.options {config.options} has no meaning for gates; set score.gates instead")
+    gates = config.gates
+    if gates.device == "auto":
+        gates = gates.model_copy(update={"device": run.device})
+    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()}"
+    own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    images = _sample(load_data(run.config.data).train, config.images)
+    return learn_gates(model, images, gates, space=space, folder=own).importance
+
+
+def search(run: Run, say: Callable[[str], None]) -> str:
+    """Search the plan within the budget."""
+    model, config = base_model(run), run.config.search
+    space = space_for(model)
+    scores = load_importance(existing(run, "scores.safetensors", "score"), space)
+    data = load_data(run.config.data)
+    held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
+
+    judge = correct if config.objective == "top1" else log_likelihood
+
+    def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
+        parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
+        return lambda small: (judge(small, part, device=run.device) for part in parts)
+
+    slicer, begin = _slicer(run, model), time.perf_counter()
+    dense = float(np.concatenate(list(objective(held_out)(model))).mean())
+    once = time.perf_counter() - begin
+    limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
+    cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
+    say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
+    rules, budget = Rules(config.kinds, config.freeze, config.min_units, config.round_to), run.config.budget.value()
+    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
+    result = optuna_search(
+        model,
+        scores,
+        budget,
+        objective(held_out),
+        fresh=objective(data.fresh),
+        trials=config.trials,
+        timeout=config.timeout,
+        seed=run.config.seed,
+        sampler=config.sampler,
+        rules=rules,
+        latencies=latencies,
+        slicer=slicer,
+        warm=[read_json(existing(Run(w, run.config), SEARCH, "search"))["multipliers"] for w in config.warm],
+        jobs=config.jobs,
+        pareto=config.pareto,
+        storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
+        label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
+    )
+    finished = [t for t in result.study.get_trials() if t.values is not None]
+    result.plan.save(run.folder / PLAN)
+    for number, (plan, _, _) in enumerate(result.front):
+        plan.save(run.folder / "search" / f"pareto-{number}.json")
+    gain = result.gain
+    write_json(
+        run.folder / SEARCH,
+        {
+            "budget": str(budget),
+            "dense": dense,
+            "plain": result.plain_value,
+            "best": result.value,
+            "values": [t.values[0] for t in finished],
+            "pruned": result.pruned,
+            "objective": config.objective,
+            "multipliers": dict(result.multipliers),
+            "gain": gain
+            and {
+                "plain": gain.plain,
+                "found": gain.found,
+                "error": gain.error,
+                "samples": gain.samples,
+                "says": _says(gain, config.objective),
+            },
+            "front": [{"value": value, "macs": macs} for _, value, macs in result.front],
+        },
+    )
+    small, full = report(space, result.plan.sizes), report(space)
+    kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
+    if latencies is not None:
+        kept += f", {latencies.milliseconds(result.plan.sizes):.2f} of {latencies.dense_ms:.2f} ms by the layer table"
+    ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
+    verdict = f"; {_says(gain, config.objective)}" if gain else ""
+    return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
+
+
+def slice_(run: Run) -> str:
+    """Slice the dense model by the plan, and repair what lost inputs."""
+    model = base_model(run)
+    plan = searched_plan(run, space_for(model))
+    small = _slicer(run, model)(plan)
+    if run.config.repair:
+        images = _sample(load_data(run.config.data).calibration, _WIDTH_IMAGES)
+        small = refit_width(model, small, plan, make_loader(images, 64))
+    small = small.cpu()
+    save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
+
+
+def finetune(run: Run) -> str:
+    """Train the sliced model further; the result is the run folder's own checkpoint."""
+    model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
+    data = load_data(config.data)
+    if config.teacher is not None:
+        options = config.teacher.model_dump()
+        loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
+    _fit(run, model, data, config.finetune, "finetune", loss)
+    save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
+    return f"fine-tuned: {_percent(top1(model, data.holdout, device=run.device))} on held-out images -> {run.folder}"
+
+
+def evaluate(run: Run) -> str:
+    """Top-1 on the test split, parameters, multiply-adds and latency of the models that are there."""
+    folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
+    there = {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
+    if not there:
+        raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
+    check_one_plan(run)
+    test, rows = load_data(run.config.data).test, {}
+    for name, folder in there.items():
+        model = load(folder).to(run.device)
+        counted = measure(model)
+        hits = correct(model, test, device=run.device)
+        rows[name] = {
+            "top1": float(hits.mean()),
+            "error": float(hits.std() / np.sqrt(len(hits))),
+            "images": len(hits),
+            "params": counted.params,
+            "macs": counted.macs,
+            "latency_ms": time_forward(model, counted.input_size, seconds=0.5),
+            "device": run.device,
+        }
+    write_json(run.folder / "evaluation.json", rows)
+    return _results_table(rows)
+
+
+def write_report(run: Run) -> str:
+    """Write ``report.md`` and its plots from what the other steps left."""
+    model = dense_model(run)
+    space = space_for(model)
+    plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
+    rows = read_json(existing(run, "evaluation.json", "evaluate"))
+    check_one_plan(run)
+    reporting.plot_kept(plan, run.folder / "kept.png")
+    front, judged_by = search_result["front"], f"{_JUDGED_BY[search_result['objective']]} on held-out images"
+    if front:
+        points = [(point["value"], point["macs"]) for point in front]
+        reporting.plot_front(points, judged_by, run.folder / "search.png")
+    else:
+        reporting.plot_search(
+            search_result["values"],
+            search_result["plain"],
+            search_result["dense"],
+            judged_by,
+            run.folder / "search.png",
+        )
+    costs = reporting.complexity_text(report(space, by="block"), report(space, plan.sizes, by="block"), "md")
+    gain = search_result["gain"]
+    text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}
+
+{_results_table(rows, "md")}
+
+Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
+
+Search: {len(search_result["values"])} trials; {gain["says"]}.
+
+![units kept](kept.png)
+
+![search](search.png)
+
+{costs}
+"""
+    write_text(run.folder / "report.md", text)
+    return f"report -> {run.folder / 'report.md'}"
+
+
+def run_all(run: Run, say: Callable[[str], None]) -> None:
+    """All steps in order. Training and search go on from where they were stopped."""
+    for step in (train, score):
+        say(step(run))
+    say(search(run, say))
+    for step in (slice_, finetune, evaluate, write_report):
+        say(step(run))
+
+
+# --- what the steps share -----------------------------------------------------------------------------------------
+
+
+def _moments(run: Run, model: nn.Module) -> Moments:
+    images = _sample(load_data(run.config.data).calibration, run.config.score.images)
+    return measure_moments(model.to(run.device), make_loader(images, 64))
+
+
+def _slicer(run: Run, model: nn.Module) -> Callable[[DimensionPlan], nn.Module]:
+    """Makes the small model of a plan: sliced, and repaired unless the config says otherwise."""
+    if not run.config.repair:
+        return lambda plan: slice_model(model, plan)
+    moments = _moments(run, model)
+    return lambda plan: compensate(model, plan, moments)
+
+
+def _says(gain: Gain, objective: str) -> str:
+    """Whether the search paid, in one sentence."""
+    if objective == "top1":
+        return str(gain)
+    return gain.sentence("{:+.4f}", "{:.4f}", f"the log-likelihood of {gain.samples} fresh samples")
+
+
+def _sample(data: Dataset[Any], count: int) -> Subset[Any]:
+    """The same ``count`` samples every time, drawn from all of the data; all of it if there are fewer."""
+    order = np.random.default_rng(0).permutation(len(data))  # type: ignore[arg-type]
+    return Subset(data, order[:count].tolist())
+
+
+def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str, loss: Loss | None = None) -> None:
+    """Train with a resumable state that belongs to this config, this loss and these starting weights."""
+    if config.device == "auto":
+        config = config.model_copy(update={"device": run.device})
+    digest = hashlib.sha256((config.model_dump_json() + run.config.data.model_dump_json()).encode())
+    if loss is not None:
+        digest.update(loss.__qualname__.encode())
+    digest.update(weights_digest(model).encode())
+    states = run.folder / "states"
+    own = states / f"{step}-{digest.hexdigest()[:12]}"
+    for old in states.glob(f"{step}-*"):
+        if old != own:
+            shutil.rmtree(old)
+    history = fit(model, data.train, config, val=data.holdout, folder=own, loss=loss, label=step)
+    write_json(run.folder / f"{step}.json", history)
+
+
+def _results_table(rows: dict[str, Any], style: reporting.Format = "table") -> str:
+    headers = ["model", "top-1", "params", "MACs", "latency (ms)"]
+    cells = [
+        [
+            name,
+            f"{_percent(r['top1'])} +- {100 * r['error']:.2f}",
+            r["params"],
+            r["macs"],
+            f"{r['latency_ms']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
+    return reporting.table(headers, cells, style)
+
+
+def _percent(part: float) -> str:
+    return f"{part:.2%}"

@@ -1,0 +1,142 @@
+"""Search-space files: one for each family of backbones, read but not yet bound to a model."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from torch import nn
+
+from sidt.errors import InputError
+from sidt.space import axes
+from sidt.space.axes import ParsedLine
+
+Kind = Literal["width", "heads", "qk", "v", "mlp"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+INNER_KINDS: tuple[Kind, ...] = ("heads", "qk", "v", "mlp")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: the template of a name, and the axes of the tensors that match it."""
+
+    template: str
+    text: str
+    pattern: re.Pattern[str]
+    alternatives: tuple[ParsedLine, ...]
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """What a declared axis is: its index variables, its kind, and the axis whose units each choose their own."""
+
+    variables: tuple[str, ...]
+    kind: Kind
+    per: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A search-space file; ``forwards`` is the module that has its attention forwards."""
+
+    file: Path
+    models: tuple[str, ...]
+    rules: Mapping[str, AxisRule]
+    parameters: tuple[Line, ...]
+    attributes: tuple[Line, ...]
+    forwards: str
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def _compile(template: str) -> re.Pattern[str]:
+    pattern = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>\\d+)", re.escape(template))
+    return re.compile(pattern)
+
+
+def _lines(tree: Mapping[str, Any]) -> tuple[Line, ...]:
+    return tuple(Line(key, text, _compile(key), axes.parse_line(text)) for key, text in _flatten(tree))
+
+
+def _axis_rule(name: str, text: str, file: Path) -> tuple[str, AxisRule]:
+    base, *variables = name.split(".")
+    match = re.fullmatch(r"(?P<kind>\w+)(?:\s+per\s+(?P<per>\w+))?", text.strip())
+    if match is None or match["kind"] not in KINDS:
+        raise InputError(f"{file}: axis {name} is {text!r}; write one of {', '.join(KINDS)}, or '<kind> per <axis>'")
+    return base, AxisRule(tuple(v.strip("{}") for v in variables), match["kind"], match["per"])
+
+
+def read_family(file: Path) -> Family:
+    """Read a search-space file.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or does not have the expected sections.
+    """
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
+    sections = {"models", "axes", "parameters"}
+    if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | {"attributes", "forwards"}:
+        raise InputError(
+            f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards)"
+        )
+    shapes = {"models": list, "forwards": str}
+    kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
+    for section, content in tree.items():
+        shape = shapes.get(section, dict)
+        if not isinstance(content, shape):
+            raise InputError(f"the search space {file} has {section} {content!r}, which is not {kinds[shape]}")
+    rules = dict(_axis_rule(str(name), str(text), file) for name, text in tree["axes"].items())
+    attributes = _lines(tree.get("attributes", {}))
+    forwards = tree.get("forwards", "sidt.surgery.attention")
+    return Family(file, tuple(tree["models"]), rules, _lines(tree["parameters"]), attributes, forwards)
+
+
+@lru_cache
+def families() -> list[Family]:
+    """The families that come with SiDT, by file name."""
+    with resources.as_file(resources.files("sidt.search_spaces")) as folder:
+        return [read_family(file) for file in sorted(folder.glob("*.yaml"))]
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model's class, or of the nearest class that it inherits from.
+
+    Raises:
+        InputError: there is none.
+    """
+    lineage = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+    known = {name: family for family in families() for name in family.models}
+    for name in lineage:
+        if name in known:
+            return known[name]
+    raise InputError(
+        f"no search space for {lineage[0]}; add one to search_spaces/ (CONTRIBUTING.md shows how) and pass "
+        f"its path as file=, or use one of: {', '.join(sorted(known))}"
+    )
+
+
+def match_line(family: Family, lines: tuple[Line, ...], name: str) -> tuple[Line, re.Match[str]] | None:
+    """The one line whose template a name matches.
+
+    Raises:
+        InputError: several do.
+    """
+    found = [(line, match) for line in lines if (match := line.pattern.fullmatch(name))]
+    if len(found) > 1:
+        templates = ", ".join(line.template for line, _ in found)
+        raise InputError(f"{family.file.name}: {name} matches {len(found)} lines: {templates}")
+    return found[0] if found else None

@@ -1,0 +1,331 @@
+"""Dimension spaces: the searchable dimensions of a backbone, and every place where each of them lives.
+
+A space is data. It is read from a file in ``search_spaces/`` that gives the axes of every parameter of one
+family of backbones (:mod:`sidt.space.axes`), and is bound here to one model: every parameter must match exactly one
+line, and every dimension must have one size.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidt.errors import InputError
+from sidt.space import axes
+from sidt.space.axes import Axis, Factor, ParsedLine
+from sidt.space.families import Family, Kind, Line, family_of, match_line, read_family
+from sidt.space.trace import InputSize, Trace, trace
+
+VANISHING: tuple[Kind, ...] = ("heads", "mlp")  # kinds that may have no unit: their sublayer is then its output bias
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A named axis of a backbone.
+
+    Attributes:
+        name: its name, such as ``hidden.3``.
+        kind: what it is.
+        size: number of units; for a dimension with a parent, units in each unit of the parent (1 if that has none).
+        per: the parent whose units each choose their own, the same number in each (q/k and v sizes per head).
+        index: where it stands: the block, or stage and block; empty for one that all share.
+        fixed: whether it must stay whole.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    per: str | None
+    index: tuple[int, ...]
+    fixed: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of the model: the axes it is made of, and the block that it belongs to."""
+
+    axes: tuple[Axis, ...]
+    block: str
+    is_buffer: bool
+
+
+@dataclass(frozen=True)
+class DimensionSpace:
+    """The dimensions of one backbone and every place where each lives.
+
+    Attributes:
+        model: name of the model's class.
+        family: name of the file the space was read from.
+        dimensions: by name, in the order of the file.
+        places: by parameter (or buffer) name, in the model's order.
+        attributes: for each attribute that repeats a size, its axis.
+        attention: for each ``heads`` dimension, the module that it lives in.
+        forwards: name of the module that has the attention forwards for sliced sizes.
+        trace: what one image costs.
+        counted: the start of the names of the places whose costs count; empty: all.
+    """
+
+    model: str
+    family: str
+    dimensions: Mapping[str, Dimension]
+    places: Mapping[str, Place]
+    attributes: Mapping[str, Axis]
+    attention: Mapping[str, str]
+    forwards: str
+    trace: Trace
+    counted: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dense size of every dimension."""
+        return {name: dimension.size for name, dimension in self.dimensions.items()}
+
+    @property
+    def per(self) -> dict[str, str]:
+        """The parent of each dimension that has one."""
+        return {name: d.per for name, d in self.dimensions.items() if d.per is not None}
+
+    def blocks(self) -> list[tuple[int, ...]]:
+        """The indices of the blocks, in order of depth."""
+        return sorted({d.index for d in self.dimensions.values() if d.kind != "width"})
+
+
+# --- binding it to a model -------------------------------------------------------------------------
+
+# embed.{s-1} where s is 0: what the first stage reads is the image's, and never searched.
+_BEFORE_THE_FIRST = ""
+
+
+@dataclass
+class _Binder:
+    """Turns the lines of a file into the axes of one model's tensors."""
+
+    family: Family
+    last: dict[str, int] = field(default_factory=dict)
+    dimensions: dict[str, tuple[Kind, str | None, tuple[int, ...]]] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
+
+    def note_last(self, line: Line, variables: Mapping[str, int]) -> None:
+        """Remember the highest index of each axis that a line uses with its own indices."""
+        for factor in _factors(line):
+            rule = self.family.rules.get(factor.name or "")
+            if rule and rule.variables and factor.indices is None and set(rule.variables) <= set(variables):
+                top = variables[rule.variables[0]]
+                assert factor.name is not None
+                self.last[factor.name] = max(top, self.last.get(factor.name, 0))
+
+    def bind(
+        self, parsed: ParsedLine, shape: tuple[int, ...], variables: Mapping[str, int], where: str
+    ) -> tuple[Axis, ...]:
+        if len(parsed) != len(shape):
+            raise InputError(
+                f"{self.family.file.name}: {where} has {len(shape)} axes, but its line gives {len(parsed)}"
+            )
+        bound = (
+            axes.bind(a, e, lambda f: self.resolve(f, variables, where)) for a, e in zip(parsed, shape, strict=True)
+        )
+        return tuple(
+            ((extent,),) if _BEFORE_THE_FIRST in axes.names(axis) else axis
+            for axis, extent in zip(bound, shape, strict=True)
+        )
+
+    def resolve(self, factor: Factor, variables: Mapping[str, int], where: str) -> str:
+        assert factor.name is not None
+        rule = self.family.rules.get(factor.name)
+        if rule is None:
+            raise InputError(f"{self.family.file.name}: {where} uses the axis {factor.name!r}, which is not declared")
+        expressions = factor.indices if factor.indices is not None else rule.variables
+        if len(expressions) != len(rule.variables):
+            raise InputError(
+                f"{self.family.file.name}: {where} gives {factor.name!r} {len(expressions)} indices, "
+                f"not {len(rule.variables)}"
+            )
+        last = self.last.get(factor.name, 0)
+        index = tuple(axes.evaluate_index(e, variables, last) for e in expressions)
+        if min(index, default=0) < 0:
+            return _BEFORE_THE_FIRST
+        name = ".".join([factor.name, *map(str, index)])
+        parent = None if rule.per is None else ".".join([rule.per, *map(str, index)])
+        self.dimensions[name] = (rule.kind, parent, index)
+        if factor.fixed:
+            self.fixed.add(name)
+        return name
+
+
+def _factors(line: Line) -> Iterator[Factor]:
+    for alternative in line.alternatives:
+        for axis in alternative:
+            for term in axis:
+                yield from term
+
+
+def _block(line: Line, match: re.Match[str], name: str) -> str:
+    """The block a tensor belongs to: its name up to the last index, or its top-level module."""
+    ends = [match.end(variable) for variable in line.pattern.groupindex]
+    return name[: max(ends)] if ends else name.split(".")[0]
+
+
+def get_attribute(root: Any, path: str) -> Any:
+    """Follow a dotted path through attributes, list positions and keys; ``None`` where it does not exist."""
+    for part in path.split("."):
+        if isinstance(root, Mapping):
+            root = root.get(part)
+        elif part.isdigit() and not hasattr(root, part):
+            root = root[int(part)] if hasattr(root, "__getitem__") and int(part) < len(root) else None
+        else:
+            root = getattr(root, part, None)
+        if root is None:
+            return None
+    return root
+
+
+def _attribute_paths(
+    line: Line, indices: list[dict[str, int]], model: nn.Module
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """The paths that an attribute's template stands for in a model."""
+    variables = tuple(line.pattern.groupindex)
+    seen = {tuple(i[v] for v in variables): i for i in indices if set(variables) <= set(i)} if variables else {(): {}}
+    for index in seen.values():
+        path = line.template
+        for variable in variables:
+            path = path.replace(f"{{{variable}}}", str(index[variable]))
+        if isinstance(get_attribute(model, path), int):
+            yield path, {v: index[v] for v in variables}
+
+
+def _solve(equations: list[tuple[Axis, int]], dimensions: Mapping[str, tuple[Kind, str | None, Any]]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    while True:
+        found = dict(s for axis, extent in equations if (s := axes.solve(axis, extent, sizes)) is not None)
+        found = {name: size for name, size in found.items() if size or dimensions[name][0] in VANISHING}
+        if not found:
+            break
+        sizes |= found
+    # No tensor tells how many units each of no heads has; plans say 1.
+    return sizes | {name: 1 for name, (_, parent, _) in dimensions.items() if parent and sizes.get(parent) == 0}
+
+
+def _fits(bound: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:
+    known = all(axes.names(axis) | axes.presences(axis) <= set(sizes) for axis in bound)
+    return known and tuple(axes.axis_size(axis, sizes) for axis in bound) == shape
+
+
+def space_for(
+    model: nn.Module, input_size: InputSize | None = None, *, file: str | Path | None = None
+) -> DimensionSpace:
+    """Describe a backbone as a dimension space.
+
+    Args:
+        model: a backbone of a known family, dense or already sliced.
+        input_size: channels, height, width of the images whose cost is counted; default: those it is for.
+        file: a search-space file of your own; default: the one that comes with SiDT for the model's class.
+
+    Raises:
+        InputError: the model has no space, a parameter matches no line or several, or sizes do not fit.
+    """
+    family = read_family(Path(file)) if file is not None else family_of(model)
+    binder = _Binder(family)
+    tensors: dict[str, tuple[Tensor, bool]] = {name: (p, False) for name, p in model.named_parameters()}
+    tensors |= {name: (b, True) for name, b in model.named_buffers()}
+    matches = {}
+    for name, (_, is_buffer) in tensors.items():
+        match = match_line(family, family.parameters, name)
+        if match is not None:
+            matches[name] = match
+        elif not is_buffer:
+            raise InputError(
+                f"{type(model).__name__}: the parameter {name} has no axes; add a line for it to {family.file}"
+            )
+    indices = {name: {k: int(v) for k, v in match.groupdict().items()} for name, (_, match) in matches.items()}
+    for name, (line, _) in matches.items():
+        binder.note_last(line, indices[name])
+
+    bound = {
+        name: [binder.bind(a, tuple(tensors[name][0].shape), indices[name], name) for a in line.alternatives]
+        for name, (line, _) in matches.items()
+    }
+    attributes = {
+        path: binder.bind(line.alternatives[0], (1,), variables, path)[0]
+        for line in family.attributes
+        for path, variables in _attribute_paths(line, list(indices.values()), model)
+    }
+    equations = [(axis, get_attribute(model, path)) for path, axis in attributes.items()]
+    for name, alternatives in bound.items():
+        if len(alternatives) == 1:
+            equations += zip(alternatives[0], tensors[name][0].shape, strict=True)
+    sizes = _solve(equations, binder.dimensions)
+
+    places = {}
+    for name, (tensor, is_buffer) in tensors.items():
+        if name in matches:
+            shape = tuple(tensor.shape)
+            fitting = [alternative for alternative in bound[name] if _fits(alternative, shape, sizes)]
+            if not fitting or (len(fitting) > 1 and 0 not in shape):  # of nothing, every alternative is the same
+                raise InputError(
+                    f"{family.file.name}: {name} of {type(model).__name__} has shape {list(shape)}, which "
+                    f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
+                )
+            places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
+    dimensions = _dimensions(binder, places, sizes)
+    _check_heads(dimensions, family.file)
+    attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}
+    return DimensionSpace(
+        type(model).__name__,
+        family.file.stem,
+        dimensions,
+        places,
+        attributes,
+        attention,
+        family.forwards,
+        trace(model, input_size),
+    )
+
+
+def _seen(alternatives: list[tuple[Axis, ...]], sizes: Mapping[str, int]) -> str:
+    used = sorted({n for a in alternatives for axis in a for n in axes.names(axis) | axes.presences(axis)})
+    return ", ".join(f"{name}={sizes.get(name, 'unknown')}" for name in used) or "no dimensions"
+
+
+def _dimensions(binder: _Binder, places: Mapping[str, Place], sizes: Mapping[str, int]) -> dict[str, Dimension]:
+    used = {n for place in places.values() for axis in place.axes for n in axes.names(axis)}
+    order = {name: position for position, name in enumerate(binder.family.rules)}
+    dimensions = {}
+    for name in sorted(used, key=lambda n: (binder.dimensions[n][2], order[n.split(".")[0]])):
+        kind, per, index = binder.dimensions[name]
+        dimensions[name] = Dimension(name, kind, sizes[name], per, index, name in binder.fixed)
+    for parameter, place in places.items():
+        for term in (term for axis in place.axes for term in axis):
+            for name in (s for s in term if isinstance(s, str)):
+                parent = dimensions[name].per
+                before = term[: term.index(name)]
+                if parent is not None and parent not in before and not dimensions[name].fixed:
+                    raise InputError(
+                        f"{binder.family.file.name}: {parameter} has {name} without {parent} before it; "
+                        f"since each head chooses its own units, write the product, or "
+                        f"{name.split('.')[0]}! to keep it whole"
+                    )
+    return dimensions
+
+
+def _check_heads(dimensions: Mapping[str, Dimension], file: Path) -> None:
+    for heads in (d.name for d in dimensions.values() if d.kind == "heads"):
+        children = sorted(d.kind for d in dimensions.values() if d.per == heads)
+        if children != ["qk", "v"]:
+            raise InputError(
+                f"{file.name}: {heads} needs one axis of kind qk and one of kind v, each 'per' it; "
+                f"it has {', '.join(children) or 'none'}"
+            )
+
+
+def owner_of(dimension: str, places: Mapping[str, Place]) -> str:
+    """The module whose parameters a dimension lives in: their longest common prefix."""
+    holders = [name.split(".") for name, place in places.items() if any(dimension in axes.names(a) for a in place.axes)]
+    shared = []
+    for parts in zip(*holders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

@@ -1,0 +1,163 @@
+"""Alignment: another basis for q/k and v, in which few units carry nearly everything. The model computes the same.
+
+Logits are products of q and k, and the output projection is a product with v, so any invertible matrix may be put
+between the two. Per head:
+
+- q/k: the basis of the singular vectors of the logits ``q k^T`` over the calibration images, so that the first r units
+  are the best rank-r fit of the logits. A shift of all keys adds the same to all logits of a query, which softmax
+  ignores, so k is taken without its mean.
+- v: the basis of the singular vectors of what the head adds to the residual stream.
+
+Both are singular value decompositions of d x d matrices, from second moments alone. Scores, plans and slices are then
+those of any model; the plan of an aligned model belongs to its weights, not to those that it was aligned from.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sidt.space.axes import term_size
+from sidt.space.space import DimensionSpace
+from sidt.surgery.moments import Moments
+from sidt.surgery.slicing import is_bilinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_JITTER = 1e-7  # of the largest moment: directions that no image uses stay finite
+
+
+def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
+    """A copy of a model, equal in what it computes, with the units of q/k and v ordered by what they carry.
+
+    Left as they are: q/k that meet in another way than by their product (qk-norm, the cosine attention of Swin V2),
+    and v that something else reads as well (output gates, norms inside the attention).
+
+    Args:
+        model: the dense model.
+        moments: of its layers' inputs.
+
+    Returns:
+        The aligned model, and the moments of its layers' inputs.
+    """
+    space = moments.space
+    aligned = copy.deepcopy(model)
+    changed: dict[tuple[str, int], Tensor] = {}
+    with torch.no_grad():
+        for heads, owner in space.attention.items():
+            qk, v = (_sites(space, heads, kind) for kind in ("qk", "v"))
+            if qk is not None and is_bilinear(aligned.get_submodule(owner), space.forwards):
+                _align_qk(aligned, qk, moments)
+            if v is not None:
+                changed |= _align_v(aligned, v, moments)
+    return aligned, moments.replaced(changed)
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """Where the units of q/k or v of one attention live.
+
+    Attributes:
+        writers: weights, and the first of the rows; q before k.
+        biases: the same of their biases, if they have any.
+        reader: the weight that has them as its columns, for v.
+        heads: how many heads.
+        size: units in each.
+    """
+
+    writers: tuple[tuple[str, int], ...]
+    biases: tuple[tuple[str, int], ...]
+    reader: str | None
+    heads: int
+    size: int
+
+
+def _sites(space: DimensionSpace, heads: str, kind: str) -> _Sites | None:
+    """None if something beside the writers, their biases and the reader knows the units."""
+    child = next(d for d in space.dimensions.values() if d.per == heads and d.kind == kind)
+    writers: list[tuple[str, int]] = []
+    biases: list[tuple[str, int]] = []
+    readers, others = [], child.fixed or not space.sizes[heads]
+    for name, place in space.places.items():
+        for position, axis in enumerate(place.axes):
+            offset = 0
+            for term in axis:
+                if child.name in term:
+                    if term != (heads, child.name):
+                        others = True
+                    elif position == 1 and len(axis) == 1:
+                        readers.append(name)
+                    elif position == 0:
+                        (biases if len(place.axes) == 1 else writers).append((name, offset))
+                    others = others or place.is_buffer
+                offset += term_size(term, space.sizes)
+    count = 2 if kind == "qk" else 1
+    complete = len(writers) == count and len(biases) in (0, count) and len(readers) == 2 - count
+    if others or not complete:
+        return None
+    return _Sites(
+        tuple(writers), tuple(biases), readers[0] if readers else None, space.sizes[heads], space.sizes[child.name]
+    )
+
+
+def _stretch(model: nn.Module, site: tuple[str, int], sites: _Sites) -> Tensor:
+    """A view of the rows of all heads: [heads, size, columns], or [heads, size] of a bias."""
+    name, start = site
+    tensor = model.get_parameter(name).data[start : start + sites.heads * sites.size]
+    return tensor.view(sites.heads, sites.size, *tensor.shape[1:])
+
+
+def _align_qk(model: nn.Module, sites: _Sites, moments: Moments) -> None:
+    q, k = (_stretch(model, site, sites) for site in sites.writers)
+    biases = [_stretch(model, site, sites) for site in sites.biases]
+    read_q, read_k = (moments.read_by(*site) for site in sites.writers)
+    mean = read_k[-1, :-1]
+    spread_k = read_k[:-1, :-1] - torch.outer(mean, mean)
+    for head in range(sites.heads):
+        whole = _rows(q[head])
+        if biases:
+            whole = torch.cat([whole, biases[0][head].double().cpu()[:, None]], 1)
+        root_q = _root(whole @ read_q[: whole.shape[1], : whole.shape[1]] @ whole.T)
+        root_k = _root(_rows(k[head]) @ spread_k @ _rows(k[head]).T)
+        left, values, _ = torch.linalg.svd(root_q @ root_k.T)
+        scale = values.clamp(min=float(values[0]) * _JITTER).sqrt()
+        to_q = torch.linalg.solve(root_q, left * scale)
+        to_k = torch.linalg.inv(to_q).T  # exactly: q k^T stays what it is
+        for view, change in zip((q, k, *biases), (to_q, to_k, to_q, to_k), strict=False):
+            view[head].copy_((change.T @ _rows(view[head])).view_as(view[head]))
+
+
+def _align_v(model: nn.Module, sites: _Sites, moments: Moments) -> dict[tuple[str, int], Tensor]:
+    """Returns the moments of what the reader reads now."""
+    assert sites.reader is not None
+    (v,), biases = (_stretch(model, site, sites) for site in sites.writers), sites.biases
+    reader = model.get_parameter(sites.reader).data
+    read = moments.read_by(sites.reader)
+    change = torch.eye(len(read), dtype=torch.float64)
+    for head in range(sites.heads):
+        own = slice(head * sites.size, (head + 1) * sites.size)
+        columns = _rows(reader)[:, own]
+        root = _root(read[own, own])
+        left, values, _ = torch.linalg.svd(root @ columns.T)
+        scale = torch.ones(sites.size, dtype=torch.float64) * values[0] * _JITTER
+        scale[: len(values)] = values.clamp(min=float(values[0]) * _JITTER)
+        to_v = torch.linalg.solve(root, left * scale.sqrt())
+        change[own, own] = to_v
+        for view in (v, *(_stretch(model, site, sites) for site in biases)):
+            view[head].copy_((to_v.T @ _rows(view[head])).view_as(view[head]))
+        reader[:, own].copy_(torch.linalg.solve(to_v, columns.T).T.reshape(reader[:, own].shape))
+    return {(sites.reader, 0): change.T @ read @ change}
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As float64 rows on the CPU, whatever follows the first axis flattened."""
+    return tensor.detach().double().cpu().flatten(1) if tensor.ndim > 1 else tensor.detach().double().cpu()[:, None]
+
+
+def _root(moment: Tensor) -> Tensor:
+    """An invertible R with ``R^T R = moment``, but for directions that have next to no moment."""
+    values, vectors = torch.linalg.eigh(moment)
+    root: Tensor = values.clamp(min=max(float(values[-1]) * _JITTER, 1e-30)).sqrt()[:, None] * vectors.T
+    return root

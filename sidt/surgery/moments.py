@@ -1,0 +1,166 @@
+"""Second moments of what layers read, over calibration images: what alignment and repair stand on.
+
+A convolution is a linear layer on its unfolded patches. Nothing is kept of the images but one square matrix a layer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sidt.errors import InputError
+from sidt.space.axes import names
+from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.slicing import explicit
+
+Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
+Rows = tuple[str, int]  # a weight, and the first of its rows that read one input
+
+
+def run_images(model: nn.Module, batch: Any) -> object:
+    """Run a model on the images of a batch (images, targets)."""
+    return model(batch[0].to(next(model.parameters()).device))
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean second moments of the inputs of a model's layers.
+
+    Attributes:
+        space: the model's space.
+        inputs: for each weight and the first row that reads it: float64 [in + 1, in + 1] on the CPU, the mean of
+            ``x x^T`` over all positions of all images, where x ends with the constant 1.
+    """
+
+    space: DimensionSpace
+    inputs: Mapping[Rows, Tensor]
+
+    def read_by(self, weight: str, row: int = 0) -> Tensor:
+        """The moments of what a row of a weight reads.
+
+        Raises:
+            InputError: the layer was not run by the forward that the moments were measured with.
+        """
+        first = max((start for name, start in self.inputs if name == weight and start <= row), default=None)
+        if first is None:
+            raise InputError(f"no calibration image went through {weight}; measure the moments with another forward")
+        return self.inputs[weight, first]
+
+    def replaced(self, inputs: Mapping[Rows, Tensor]) -> "Moments":
+        """The same with some of the inputs replaced."""
+        return replace(self, inputs={**self.inputs, **inputs})
+
+
+def measure_moments(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = run_images,
+    space: DimensionSpace | None = None,
+) -> Moments:
+    """Second moments for :func:`sidt.align` and :func:`sidt.compensate`: the inputs of the layers that read heads, v
+    or mlp, and of those that write q and k.
+
+    Memory is one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there are.
+
+    Args:
+        model: the dense model; it is run in eval mode and not changed.
+        batches: (images, targets), or what ``forward`` takes.
+        forward: runs a model on a batch.
+        space: the model's space, if it is at hand.
+
+    Raises:
+        InputError: there is no batch, or what a layer reads is not finite.
+    """
+    space = space or space_for(model)
+    wanted = {name for name, place in space.places.items() if not place.is_buffer and _is_wanted(space, place.axes)}
+    totals: dict[Rows, Tensor] = {}
+    counts: dict[Rows, int] = {}
+    twin, seen = explicit(model, space), 0
+
+    def add(rows: Rows, x: Tensor, weight: Tensor) -> None:
+        x = _with_one(x)
+        moment = (x.T @ x).double().cpu()
+        totals[rows] = totals[rows] + moment if rows in totals else moment
+        counts[rows] = counts.get(rows, 0) + len(x)
+
+    with torch.no_grad(), watching(twin, wanted, add):
+        for batch in batches:
+            forward(twin, batch)
+            seen += 1
+    if not seen:
+        raise InputError("the moments got no batch; give at least one image")
+    if bad := next((name for (name, _), total in totals.items() if not total.isfinite().all()), None):
+        raise InputError(f"what {bad} reads is not finite; check the model's weights and the images")
+    return Moments(space, {rows: total / counts[rows] for rows, total in totals.items()})
+
+
+def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
+    if len(axes) < 2:
+        return False
+    kinds = [{space.dimensions[n].kind for n in names(axis)} for axis in axes[:2]]
+    return "qk" in kinds[0] or bool(kinds[1] & {"v", "mlp"})
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+@contextmanager
+def watching(model: nn.Module, wanted: Iterable[str], see: Callable[[Rows, Tensor, Tensor], None]) -> Iterator[None]:
+    """For a block, show what some weights of a model read, positions x columns, in the order of execution."""
+    own = dict(model.named_parameters())
+    with _Watch({name: own[name] for name in wanted}, see):
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the inputs of linear layers and of convolutions in one group."""
+
+    def __init__(self, weights: Mapping[str, Tensor], see: Callable[[Rows, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.names, self.see = {id(weight): name for name, weight in weights.items()}, see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.linear, F.conv2d):
+            x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+            rows = rows_of(weight, self.names)
+            if rows is not None and weight.numel():
+                groups = argument(args, kwargs, 6, "groups", 1) if func is F.conv2d else 1
+                if groups == 1:
+                    columns = x if func is F.linear else _patches(x, weight, args, kwargs)
+                    self.see(rows, columns.detach().flatten(0, -2), weight)
+        return func(*args, **kwargs)
+
+
+def rows_of(weight: Tensor, names: Mapping[int, str]) -> Rows | None:
+    """Which of the named weights (by ``id``) this one is, or is rows of, and its first row there."""
+    whole = weight if id(weight) in names or weight._base is None else weight._base
+    name = names.get(id(whole))
+    return None if name is None else (name, weight.storage_offset() // max(whole.stride(0), 1))
+
+
+_MISSING = object()
+
+
+def argument(args: Any, kwargs: Any, position: int, name: str, default: Any = _MISSING) -> Any:
+    """An argument of a call, given by position or by name."""
+    if name in kwargs:
+        return kwargs[name]
+    return args[position] if position < len(args) or default is _MISSING else default
+
+
+def _patches(x: Tensor, weight: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """What a convolution multiplies its flattened kernels with: [B, positions, columns]."""
+    stride, padding, dilation = (
+        argument(args, kwargs, position, name, default)
+        for position, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    unfolded = F.unfold(x, weight.shape[2:], dilation=dilation, padding=padding, stride=stride)
+    return unfolded.transpose(1, 2)

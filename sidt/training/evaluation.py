@@ -1,0 +1,100 @@
+"""Top-1 accuracy, and the checks that come before a model meets data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sidt.errors import InputError
+from sidt.training.batches import make_loader
+from sidt.training.devices import resolve_device
+
+
+def check_classes(model: nn.Module, n_classes: int) -> None:
+    """Check that a model is made for a data set's number of classes; models that do not say it pass.
+
+    Raises:
+        InputError: it is made for another number.
+    """
+    own = getattr(model, "num_classes", None)
+    if isinstance(own, int) and own != n_classes:
+        raise InputError(
+            f"the model has {own} classes and the data has {n_classes}; "
+            f"use data with {own} classes or a model with num_classes={n_classes}"
+        )
+
+
+def check_data(model: nn.Module, data: Dataset[Any]) -> int:
+    """Check the classes of a data set, if it tells them, and return its number of samples."""
+    count = len(data)  # type: ignore[arg-type]
+    if not count:
+        raise InputError("the data set is empty (0 samples); give one with images")
+    classes = getattr(data, "classes", None)
+    if classes is not None:
+        check_classes(model, len(classes))
+    return count
+
+
+Judge = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> one value for every sample
+
+
+def correct(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
+    """Whether the model's first choice is right: bool, one for every sample, in order.
+
+    The options are those of :func:`judged`, and so is what is raised.
+    """
+    return judged(model, data, lambda logits, targets: logits.argmax(-1) == targets, **options)
+
+
+def log_likelihood(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
+    """Log-probability that the model gives to the right class: one for every sample, in order.
+
+    Less noisy than accuracy where close models are compared. The options are those of :func:`judged`.
+    """
+    return judged(model, data, lambda logits, targets: -F.cross_entropy(logits, targets, reduction="none"), **options)
+
+
+@torch.no_grad()  # not inference_mode: what a model caches in it could not be trained with afterwards
+def judged(
+    model: nn.Module,
+    data: Dataset[Any],
+    judge: Judge,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+) -> np.ndarray:
+    """One value for every sample, in order.
+
+    The model is moved to ``device`` and stays there; its modules' training modes are restored.
+
+    Raises:
+        InputError: the data set is empty or of another number of classes, or there is no such device.
+    """
+    check_data(model, data)
+    place = resolve_device(device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.to(place).eval()
+    try:
+        values = [
+            judge(torch.stack(heads_of(model(images.to(place)))).mean(0).float().cpu(), targets)
+            for images, targets in make_loader(data, batch_size, workers=workers)
+        ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return torch.cat(values).numpy()
+
+
+def top1(model: nn.Module, data: Dataset[Any], **options: Any) -> float:
+    """Top-1 accuracy, a fraction. The options are those of ``correct``."""
+    return float(correct(model, data, **options).mean())
+
+
+def heads_of(output: Any) -> list[Tensor]:
+    """What a model returned, as the list of its heads' logits, each batch x classes."""
+    return list(output) if isinstance(output, tuple | list) else [output]

@@ -1,0 +1,228 @@
+"""The study: starts at the plain ranking, stays within the budget, resumes, and says honestly what it gained."""
+
+import numpy as np
+import optuna
+import pytest
+from backbones import SWIN, VIT_TINY, dense
+
+from sidt import Budget, allocate, importance, search
+from sidt.allocation.greedy import Rules
+from sidt.allocation.study import Gain
+from sidt.cost.complexity import PlanCosts
+from sidt.surgery.slicing import slice_model
+
+BUDGET = Budget(params=0.7)
+
+
+def scores(backbone=VIT_TINY):
+    model, space = dense(backbone)
+    return model, importance.random(model, seed=1, space=space)
+
+
+def hidden(block):
+    """An objective that wants block's MLP wide: a search can reach it by a depth multiplier."""
+    return lambda model: np.full(4, model.blocks[block].mlp.fc1.out_features / 768)
+
+
+def run(objective=None, trials=6, **options):
+    model, found = scores()
+    return search(model, found, BUDGET, objective or hidden(1), trials=trials, progress=False, **options)
+
+
+def test_first_trial_is_the_plain_ranking_and_the_best_is_at_least_that():
+    result = run(trials=12)
+    first = result.study.trials[0]
+    assert set(first.params.values()) == {0.0}
+    assert result.plain_value == first.values[0]
+    assert result.plain.to_json() == allocate(scores()[1], BUDGET).to_json()
+    assert result.value > result.plain_value
+    assert result.plan.sizes["hidden.1"] / 768 == result.value
+
+
+@pytest.mark.parametrize("backbone", [VIT_TINY, SWIN], ids=str)
+def test_every_trial_meets_the_budget(backbone):
+    model, found = scores(backbone)
+    result = search(model, found, BUDGET, lambda m: np.zeros(2), trials=5, progress=False)
+    limit = 0.7 * PlanCosts(found.space).dense[0]
+    used = [t.user_attrs["params"] for t in result.study.trials]
+    assert len(used) == 5 and max(used) <= limit and min(used) >= 0.99 * limit
+    assert len({t.user_attrs["macs"] for t in result.study.trials}) > 1
+    assert result.plan.to_json() == result.plain.to_json()  # all trials tie: the plain ranking stands
+
+
+def test_rules_reach_every_trial():
+    result = run(rules=Rules(kinds=("mlp", "v"), round_to=8, freeze=("hidden.0",)))
+    assert result.plan.sizes["qk.1"] == 64 and result.plan.sizes["hidden.0"] == 768
+    assert result.plan.sizes["hidden.1"] % 8 == 0 and result.plan.sizes["v.0"] % 8 == 0
+
+
+def test_interrupted_search_resumes(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    calls = []
+
+    def stops_at_third(model):
+        calls.append(model)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return hidden(1)(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stops_at_third, storage=storage)
+    result = run(storage=storage)
+    complete = result.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert len(complete) == 6
+    assert sum(set(t.params.values()) == {0.0} for t in complete) == 1
+    again = run(lambda model: pytest.fail("nothing is left to do"), storage=storage)
+    assert again.plan.to_json() == result.plan.to_json()
+
+
+def test_a_search_stopped_in_its_first_trial_still_tries_the_plain_ranking(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, storage=storage)
+    assert run(storage=storage, trials=3).plain_value > 0
+
+
+def test_one_storage_keeps_different_searches_apart(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    first = run(storage=storage, trials=2)
+    model, found = scores()
+    second = search(model, found, Budget(params=0.5), hidden(1), trials=2, storage=storage, progress=False)
+    assert first.study.study_name != second.study.study_name
+    assert len(second.study.trials) == 2
+
+
+def test_same_seed_same_search():
+    assert run(seed=3).plan.to_json() == run(seed=3).plan.to_json()
+
+
+def test_pareto():
+    model, found = scores()
+
+    def wants_size(small):
+        return np.full(2, sum(p.numel() for p in small.parameters()) / 1e6)
+
+    result = search(model, found, BUDGET, wants_size, trials=12, pareto=True, progress=False)
+    limit = 0.7 * PlanCosts(found.space).dense[0]
+    values, macs = [v for _, v, _ in result.front], [m for _, _, m in result.front]
+    assert len(result.front) > 2
+    assert macs == sorted(macs) and values == sorted(values)
+    for plan, _, expected in result.front:
+        costs = PlanCosts(found.space)
+        used = costs.of(np.array([plan.sizes[n] for n in costs.names]))
+        assert used[1] == expected and used[0] <= limit
+    assert result.value == max(values)
+
+
+def test_gain_is_measured_on_fresh_data_and_paired():
+    def fresh(model):
+        return hidden(1)(model) + np.array([0.0, 0.1, 0.2, 0.3])
+
+    result = run(trials=12, fresh=fresh)
+    gain = result.gain
+    assert gain.samples == 4 and gain.error == pytest.approx(0, abs=1e-12)  # the samples' own spread cancels
+    assert gain.difference == pytest.approx(result.value - result.plain_value)
+    assert "gained" in str(gain)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [(0.80, "nothing beyond noise"), (0.90, "gained"), (0.60, "LOST"), (0.75, "nothing")]
+)
+def test_gain_says_whether_it_is_more_than_noise(found, words):
+    assert "no trial was better" in str(Gain(0.77, 0.77, 0.0, 100))
+    assert words in str(Gain(0.77, found, 0.03, 100))
+
+
+def test_a_hopeless_trial_is_stopped_after_its_first_parts():
+    """Noise-free parts: whatever is worse than the best so far is so in every part."""
+    seen = []
+
+    def in_parts(model):
+        width = model.blocks[1].mlp.fc1.out_features / 768
+        for part in range(16):
+            seen.append(part)
+            yield np.full(4, width + part)
+
+    result = run(in_parts, trials=15)
+    pruned = [t for t in result.study.trials if t.state == optuna.trial.TrialState.PRUNED]
+    assert result.pruned == len(pruned) > 0
+    assert all(2 <= len(t.intermediate_values) < 16 for t in pruned)
+    assert len(seen) == sum(len(t.intermediate_values) for t in result.study.trials) < 15 * 16
+    whole = [t for t in result.study.trials if t not in pruned]
+    assert result.value == max(t.values[0] for t in whole)
+    best = result.plan.sizes["hidden.1"] / 768
+    assert result.value == pytest.approx(best + 7.5)
+    assert all(t.intermediate_values[0] <= best for t in pruned)
+
+
+def test_parts_are_the_same_as_the_whole():
+    def in_parts(model):
+        return iter(hidden(1)(model).reshape(2, 2))
+
+    whole, parts = run(trials=2), run(in_parts, trials=2)
+    assert [t.values for t in whole.study.trials] == [t.values for t in parts.study.trials]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp", "random"])
+def test_every_sampler_starts_at_the_plain_ranking_and_stays_in_range(sampler):
+    result = run(trials=8, sampler=sampler)
+    assert set(result.study.trials[0].params.values()) == {0.0}
+    assert len(result.study.trials) == 8
+    assert all(abs(v) <= 2 for t in result.study.trials for v in t.params.values())
+    assert len({tuple(t.params.values()) for t in result.study.trials}) == 8
+
+
+def test_a_warm_start_comes_right_after_the_plain_ranking():
+    found = run(trials=12)
+    model, importance_ = scores()
+    warm = search(
+        model,
+        importance_,
+        Budget(params=0.6),
+        hidden(1),
+        trials=2,
+        warm=[found.multipliers, {"kind.none": 1.0, "kind.mlp": 9.0}],
+        progress=False,
+    )
+    first, second = warm.study.trials[:2]
+    assert set(first.params.values()) == {0.0}
+    assert second.params == pytest.approx(found.multipliers)
+    third = run(trials=2, warm=[{"kind.none": 1.0, "kind.mlp": 9.0}]).study.trials[1].params
+    assert "kind.none" not in third and third["kind.mlp"] == 2.0 and third["kind.qk"] == 0.0
+
+
+def test_the_slicer_makes_every_model():
+    made = []
+    model = scores()[0]
+
+    def slicer(plan):
+        made.append(plan)
+        return slice_model(model, plan)
+
+    result = run(trials=3, slicer=slicer, fresh=hidden(0))
+    assert len(made) == 3 + 2
+    assert [p.sizes for p in made[-2:]] == [result.plain.sizes, result.plan.sizes]
+
+
+def test_several_trials_at_a_time():
+    result = run(trials=6, jobs=2)
+    assert len(result.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))) >= 6
+    assert result.value >= result.plain_value
+
+
+def test_bad_input(refused, tmp_path):
+    with refused("sampler", "anneal", "tpe"):
+        run(sampler="anneal")
+    with refused("jobs", "0"):
+        run(jobs=0)
+    with refused("trials", "0"):
+        run(trials=0)
+    with refused("storage", "nowhere"):
+        run(storage=f"sqlite:///{tmp_path / 'nowhere' / 'study.db'}")
+    model, found = scores()
+    with refused("smallest reachable params"):
+        search(model, found, Budget(params=0.001), hidden(0), progress=False)
