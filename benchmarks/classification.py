@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.cost.complexity import measure, time_forward
-from sidt.export.checkpoint import create_model, fit_weights, load, load_weights, save
+from sidt.export.checkpoint import load, save
+from sidt.export.models import create_model
+from sidt.export.weights import fit_weights, load_weights
 from sidt.files import read_json, write_json
-from sidt.importance import Importance
 from sidt.importance.gates import GateConfig, learn_gates
 from sidt.importance.placements import Placement
+from sidt.importance.scores import Importance
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.data import DataConfig, load_data

@@ -13,8 +13,8 @@ from typing import Any
 import click
 from results import environment, write_results
 
+from sidt.detection.data.sources import with_data
 from sidt.detection.detectors.checkpoints import WEIGHTS, load_detector
-from sidt.detection.detectors.configs import with_data
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import SEARCH, input_size, open_run
 from sidt.detection.training.evaluation import results_table

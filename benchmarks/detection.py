@@ -26,15 +26,15 @@ from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
 from sidt.detection.data.digits import write_digits
+from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
-from sidt.detection.detectors.configs import source_of
 from sidt.detection.detectors.space import detector_space, parts
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
 from sidt.detection.training.evaluation import average_precision
 from sidt.detection.training.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.runs.report import table
 from sidt.space.space import DimensionSpace
 from sidt.surgery.alignment import align

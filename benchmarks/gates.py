@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from sidt import importance
 from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
-from sidt.export.checkpoint import load_weights
-from sidt.importance import Importance
+from sidt.export.weights import load_weights
 from sidt.importance.gates import GateConfig, gated, learn_gates
+from sidt.importance.scores import Importance
 from sidt.runs.report import table
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model

@@ -26,7 +26,7 @@ from sidt.allocation.timing import fit_latency, measure_layers, time_plans, time
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import report
 from sidt.cost.latency import LayerLatencies
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.runs.report import table
 from sidt.space.space import DimensionSpace
 

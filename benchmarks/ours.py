@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.allocation.study import search
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate, readers
 from sidt.surgery.moments import Moments, measure_moments

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sidt.files import read_json, replacing, write_json
-from sidt.importance import cross_entropy
+from sidt.importance.criteria import cross_entropy
 from sidt.training.batches import make_loader, rechunk
 from sidt.training.evaluation import top1
 

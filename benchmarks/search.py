@@ -21,7 +21,8 @@ from torch.utils.data import Subset
 from sidt import importance as criteria
 from sidt.allocation.study import Sampler, SearchResult, search
 from sidt.cost.budget import Budget
-from sidt.export.checkpoint import create_model, load_weights
+from sidt.export.models import create_model
+from sidt.export.weights import load_weights
 from sidt.runs.report import table
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for

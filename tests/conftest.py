@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import sidt.detection  # noqa: F401 - mmcv's operators, for tests that import MMDetection's models first
 from sidt.errors import InputError
 
 settings.register_profile("sidt", derandomize=True, deadline=None, database=None, max_examples=60)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from sidt.detection.detectors.configs import without_weights
 from sidt.errors import InputError
-from sidt.export.checkpoint import create_model, load, load_weights
+from sidt.export.checkpoint import load
+from sidt.export.models import create_model
+from sidt.export.weights import load_weights
 from sidt.files import read_json
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import DimensionSpace, space_for
@@ -28,7 +30,7 @@ _KNOWN = "use a ViT, Swin, Swin V2 or PVT v2"
 
 
 @MODELS.register_module()
-class TimmBackbone(BaseModule):  # type: ignore[misc]
+class TimmBackbone(BaseModule):
     """A timm model without its classifier, as the backbone of a detector.
 
     Images of any size go in, padded to whole patches; they must come normalised as the model expects (the ``mean``
@@ -213,7 +215,7 @@ def slice_backbone(backbone: nn.Module, plan: DimensionPlan) -> nn.Module:
     else:
         sliced = slice_model(backbone, plan)
     sliced.is_init = True  # its weights mean something: MMEngine must not draw new ones
-    return sliced  # type: ignore[no-any-return]
+    return sliced
 
 
 def _keep_channels(norm: nn.LayerNorm, kept: Tensor) -> None:
@@ -223,7 +225,7 @@ def _keep_channels(norm: nn.LayerNorm, kept: Tensor) -> None:
     norm.normalized_shape = (len(kept),)
 
 
-@MODELS.register_module(name="SlicedBackbone")  # type: ignore[untyped-decorator]
+@MODELS.register_module(name="SlicedBackbone")
 def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
     """The architecture that a plan leaves of a backbone, for a detector's config: its checkpoint brings the weights.
 
@@ -249,4 +251,4 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
         return slice_backbone(backbone, kept)
     sliced: Any = slice_backbone(backbone, kept)
     sliced.is_init = backbone.is_init  # as the dense backbone: without a checkpoint it starts as that would
-    return sliced  # type: ignore[no-any-return]
+    return sliced

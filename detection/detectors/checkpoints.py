@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sidt.detection.detectors.backbones import map_dimensions, searchable
 from sidt.detection.detectors.configs import build_detector, read_config, without_weights
 from sidt.errors import InputError
-from sidt.export.checkpoint import fit_weights, read_weights
+from sidt.export.weights import fit_weights, read_weights
 from sidt.files import dump_json, replacing
 from sidt.space.plan import DimensionPlan
 
@@ -79,7 +79,7 @@ def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Se
     if _MODELS not in imports:
         own.custom_imports = {"imports": [*imports, _MODELS], "allow_failed_imports": False}
     if plan is not None:
-        _slice_config(own, plan, map_dimensions(detector.backbone, plan.space))
+        _slice_config(own, plan, map_dimensions(detector.get_submodule("backbone"), plan.space))
     dense = own.model.backbone.dense if plan is not None else own.model.backbone
     files: dict[str, bytes] = {}
     if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
@@ -121,7 +121,7 @@ def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
     config = read_config(folder / CONFIG)
     detector = build_detector(config)
     load_weights(detector, folder / WEIGHTS)
-    plan = getattr(searchable(detector.backbone)[1], "sidt_plan", None)
+    plan = getattr(searchable(detector.get_submodule("backbone"))[1], "sidt_plan", None)
     if plan is not None:
         detector.sidt_plan = plan
     return detector.eval(), config

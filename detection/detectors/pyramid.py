@@ -15,7 +15,7 @@ SCALES = (4, 2, 1, 0.5)
 
 
 @MODELS.register_module()
-class SimpleFeaturePyramid(BaseModule):  # type: ignore[misc]
+class SimpleFeaturePyramid(BaseModule):
     """The simple feature pyramid of ViTDet (Li et al. 2022, Exploring plain vision transformer backbones).
 
     Transposed convolutions and max pooling bring the one map of a plain backbone to every scale; a 1 x 1 and a

@@ -37,10 +37,10 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     Raises:
         InputError: the backbone has no space, or does not take the size.
     """
-    inside, module = searchable(detector.backbone)
+    inside, module = searchable(detector.get_submodule("backbone"))
     prefix = BACKBONE + inside
     inner = space_for(module, input_size)
-    maps = map_dimensions(detector.backbone, inner)
+    maps = map_dimensions(detector.get_submodule("backbone"), inner)
     places = {f"{prefix}{name}": place for name, place in inner.places.items()}
     attributes = {f"{prefix}{path}": axis for path, axis in inner.attributes.items()}
     if isinstance(detector.backbone, TimmBackbone):

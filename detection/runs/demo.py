@@ -8,7 +8,8 @@ from typing import Any
 
 from sidt.detection.data.digits import write_digits
 from sidt.detection.runs.folder import open_run
-from sidt.detection.runs.pipeline import Say, draw, evaluate, finetune, search, train_dense
+from sidt.detection.runs.objective import Say
+from sidt.detection.runs.pipeline import draw, evaluate, finetune, search, train_dense
 
 _CONFIG = "digits_swin.py"
 

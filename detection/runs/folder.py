@@ -8,8 +8,9 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
+from sidt.detection.data.sources import move_data
 from sidt.detection.detectors.checkpoints import CONFIG, WEIGHTS, load_detector
-from sidt.detection.detectors.configs import input_size_of, move_data, read_config
+from sidt.detection.detectors.configs import input_size_of, read_config
 from sidt.detection.runs.settings import Settings
 from sidt.errors import InputError
 from sidt.files import read_json

@@ -2,13 +2,15 @@
 
 ::
 
-    train (or a checkpoint) -> dense/       search -> scores.safetensors, study.db, search/, sliced/
+    train (or a checkpoint) -> dense/
+    search -> base/ (the aligned detector and its moments), scores.safetensors, study.db, search/, sliced/
     finetune -> config.py, plan.json, model.safetensors (the result, for MMDetection)
     evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
 """
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from sidt.allocation.greedy import Rules
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.detection.data.annotations import check_annotations, write_subsets
+from sidt.detection.data.sources import Source, check_classes, source_of, with_data
 from sidt.detection.detectors.checkpoints import (
     WEIGHTS,
     load_detector,
@@ -28,13 +31,7 @@ from sidt.detection.detectors.checkpoints import (
     save_detector,
     weights_digest,
 )
-from sidt.detection.detectors.configs import (
-    Source,
-    build_detector,
-    check_classes,
-    source_of,
-    with_data,
-)
+from sidt.detection.detectors.configs import build_detector
 from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
 from sidt.detection.runs.folder import (
     EVALUATION,
@@ -47,15 +44,26 @@ from sidt.detection.runs.folder import (
     input_size,
     open_detector,
 )
-from sidt.detection.runs.objective import Say, aligned_detector, measured_scores, named, objective, says, shown
+from sidt.detection.runs.objective import (
+    Batches,
+    Say,
+    aligned_detector,
+    batch_size,
+    images_of,
+    measured_scores,
+    named,
+    objective,
+    says,
+    shown,
+)
 from sidt.detection.runs.pictures import draw_side_by_side
 from sidt.detection.runs.settings import Settings, TeacherSettings
 from sidt.detection.training.evaluation import results_table, test
 from sidt.detection.training.loop import join, prepared, train
-from sidt.detection.training.loss import detector_loss, read_batches
+from sidt.detection.training.loss import detector_loss
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
-from sidt.importance import Importance, load_importance
+from sidt.importance.scores import Importance, load_importance
 from sidt.runs.report import Format
 from sidt.space.space import DimensionSpace
 from sidt.surgery.compensation import compensate, refit_width
@@ -111,11 +119,12 @@ def search(run: DetectionRun, say: Say) -> str:
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
     config = with_data(config, _TRAIN, split["rest"])
-    slicer = None
+    slicer, images = None, images_of(config, settings)
     if settings.repair:
-        base, moments = aligned_detector(detector, config, settings, space)
+        read = partial(images, batch_size(config))
+        base, moments = aligned_detector(detector, space, read, run.folder / "base", _made_of(run))
         detector, slicer = base, lambda plan: compensate(base, plan, moments)
-    scores = _scores(run, detector, config, space, say)
+    scores = _scores(run, detector, config, space, images, say)
     rules = Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to)
     forward = predict if settings.on == "detector" else run_backbone
     budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
@@ -172,8 +181,7 @@ def search(run: DetectionRun, say: Say) -> str:
     )
     sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
     if settings.repair and "width" in settings.kinds:
-        batches = read_batches(config, settings.score_images, batch_size=1, seed=settings.seed)
-        sliced = refit_width(detector, sliced, result.plan, batches, forward=detector_loss)
+        sliced = refit_width(detector, sliced, result.plan, images(1), forward=detector_loss)
     save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
     left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
@@ -301,8 +309,8 @@ def _checked(run: DetectionRun, detector: nn.Module, loader: str) -> Source:
 
 def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
     """The annotations of the held-out images, of the fresh ones and of the rest: written once for a run."""
-    folder, made_of = run.folder / "data", {"held": run.settings.holdout, "seed": run.settings.seed}
-    made_of["annotations"] = str(source.annotations.resolve())
+    folder, annotations = run.folder / "data", str(source.annotations.resolve())
+    made_of = {"held": run.settings.holdout, "seed": run.settings.seed, "annotations": annotations}
     if is_main_process():
         if (folder / "split.json").is_file() and (seen := read_json(folder / "split.json")) != made_of:
             raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
@@ -319,17 +327,23 @@ def _check_width(space: DimensionSpace, settings: Settings) -> None:
         raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
 
 
-def _scores(run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, say: Say) -> Importance:
+def _made_of(run: DetectionRun) -> dict[str, Any]:
+    """What scores and moments depend on, whichever score it is."""
+    weights = weights_digest(run.folder / "dense" / WEIGHTS)
+    return {"images": run.settings.score_images, "seed": run.settings.seed, "detector": weights}
+
+
+def _scores(
+    run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, images: Batches, say: Say
+) -> Importance:
     """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
     settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
-    weights = weights_digest(run.folder / "dense" / WEIGHTS)
-    made_of = {"score": settings.score, "images": settings.score_images, "seed": settings.seed, "detector": weights}
-    made_of["repair"] = settings.repair
+    made_of = _made_of(run) | {"score": settings.score, "repair": settings.repair}
     if settings.score == "gates":
         made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.kinds)}
     if path.is_file() and note.is_file() and read_json(note) == made_of:
         return load_importance(path, space)
-    scores = measured_scores(detector, config, settings, space, say)
+    scores = measured_scores(detector, config, settings, space, images, say)
     note.unlink(missing_ok=True)  # between the two files, neither counts
     scores.save(path)
     write_json(note, made_of)

@@ -17,7 +17,7 @@ from sidt.training.distillation import dissimilarity
 
 
 @HOOKS.register_module()
-class TeacherHook(Hook):  # type: ignore[misc]
+class TeacherHook(Hook):
     """Adds ``loss_teacher`` to a detector's losses: how far its maps are from those of a teacher.
 
     The maps are the neck's, or the backbone's where there is no neck. The loss is PKD's (Cao et al. 2022): half the

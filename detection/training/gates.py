@@ -1,34 +1,27 @@
 """The search stage on a detector's own loss, as a hook that any MMEngine config can name."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdet.registry import HOOKS
-from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from sidt.detection.detectors.configs import input_size_of
 from sidt.detection.detectors.space import detector_space
-from sidt.detection.runs.settings import Settings
-from sidt.detection.training.loop import train
 from sidt.errors import InputError
-from sidt.importance import Importance, load_importance
 from sidt.importance.gates import Gates, gated
 from sidt.importance.placements import Placement
 from sidt.space.families import INNER_KINDS, Kind
-from sidt.space.space import DimensionSpace
 
 
 @HOOKS.register_module()
-class GateHook(Hook):  # type: ignore[misc]
+class GateHook(Hook):
     """Trains gates of a detector's backbone together with its weights, on the detector's losses and ``loss_gates``.
 
     Training starts from ``load_from``, or from the weights of the config's ``init_cfg``. It ends with the scores,
@@ -102,22 +95,3 @@ class GateHook(Hook):  # type: ignore[misc]
         if kwargs.get("mode") != "loss" or self.gates is None:
             return losses
         return {**losses, "loss_gates": self.gates.penalty(self.lambdas)}
-
-
-def gate_scores(detector: nn.Module, config: Config, settings: Settings, space: DimensionSpace) -> Importance:
-    """Scores by gates that are learned on the training data of a config; the detector is left as it is.
-
-    The training, by MMEngine, starts from the detector's weights and is thrown away but for the scores.
-    """
-    own = Config(config.to_dict(), filename=config.filename)
-    own.merge_from_dict(settings.gates.train)
-    own.val_cfg = own.val_dataloader = own.val_evaluator = None
-    with tempfile.TemporaryDirectory() as folder:
-        start, out = Path(folder, "start.safetensors"), Path(folder, "scores.safetensors")
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in detector.state_dict().items()}
-        start.write_bytes(dump_tensors(state))
-        hook = {"type": "GateHook", "kinds": settings.kinds, "out": str(out)}
-        hook |= settings.gates.model_dump(exclude={"train"})
-        own.custom_hooks = [*(own.get("custom_hooks") or []), hook]
-        train(own, start, Path(folder, "states"), "gates")
-        return load_importance(out, space)

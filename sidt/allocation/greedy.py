@@ -17,7 +17,7 @@ from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import STEP, LayerLatencies, TimedPlanCosts
 from sidt.errors import InputError
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.space.axes import Array
 from sidt.space.families import INNER_KINDS, KINDS, Kind
 from sidt.space.plan import DimensionPlan

@@ -31,7 +31,7 @@ from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
 from sidt.errors import InputError
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
 from sidt.surgery.slicing import slice_model

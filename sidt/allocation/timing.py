@@ -24,7 +24,7 @@ from sidt.cost.clock import time_layers, whereabouts
 from sidt.cost.complexity import report
 from sidt.cost.latency import LayerLatencies, LayerTable, combinations, differences, grid_of, load_latencies
 from sidt.errors import InputError
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, owner_of
 from sidt.space.trace import Forward

@@ -202,7 +202,7 @@ def spaces(model: str | None) -> None:
         click.echo(table(["search space", "model class"], rows))
         return
     from sidt.cost.complexity import shares
-    from sidt.export.checkpoint import create_model
+    from sidt.export.models import create_model
     from sidt.runs.report import dimensions_table
     from sidt.space.space import space_for
 
@@ -240,7 +240,7 @@ def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, 
             raise InputError(f"--by {by} is for backbones; the table of a detector has its parts as rows")
         if latency:
             raise InputError("--latency is for backbones; `sidt detect evaluate` times detectors")
-        click.echo(detection("complexity").complexity_text(source, plan, size, style))
+        click.echo(detection("runs.complexity").complexity_text(source, plan, size, style))
         return
     from sidt.runs.report import complexity_text
     from sidt.runs.sources import complexity_of, latency_of

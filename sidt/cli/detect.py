@@ -103,11 +103,11 @@ def train(
     launcher: str,
 ) -> None:
     """Train the dense detector with MMEngine's Runner; the same command goes on after a stop."""
-    pipeline = detection("pipeline")
+    pipeline = detection("runs.pipeline")
     if source.is_dir():
         raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
     values = _mixed_precision(_parsed(options), amp)
-    run = detection("runs").open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
+    run = detection("runs.folder").open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
     click.echo(pipeline.train_dense(run, launcher=launcher))
 
 
@@ -160,7 +160,7 @@ def search(
 
     Stop it with Ctrl-C; the same command goes on.
     """
-    pipeline = detection("pipeline")
+    pipeline = detection("runs.pipeline")
     budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
     given = {
         **settings,
@@ -169,7 +169,7 @@ def search(
         "kinds": kinds.split(",") if kinds else None,
         "input_size": image_size(input_size),
     }
-    run = detection("runs").open_run(source, out, _parsed(options), given, data_root=data_root)
+    run = detection("runs.folder").open_run(source, out, _parsed(options), given, data_root=data_root)
     if checkpoint is not None:
         click.echo(pipeline.take_checkpoint(run, checkpoint))
     click.echo(pipeline.search(run, click.echo))
@@ -186,8 +186,8 @@ def finetune(
     source: Path, data_root: Path | None, options: tuple[str, ...], amp: bool, teacher: bool, launcher: str
 ) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
-    pipeline = detection("pipeline")
-    run = detection("runs").open_run(source, data_root=data_root)
+    pipeline = detection("runs.pipeline")
+    run = detection("runs.folder").open_run(source, data_root=data_root)
     click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
 
 
@@ -221,8 +221,8 @@ def evaluate(
     launcher: str,
 ) -> None:
     """COCO scores, parameters, MACs and latency of a run's detectors, as a table and in evaluation.json."""
-    pipeline = detection("pipeline")
-    run = detection("runs").open_run(
+    pipeline = detection("runs.pipeline")
+    run = detection("runs.folder").open_run(
         source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root
     )
     if checkpoint is not None:
@@ -242,7 +242,7 @@ def evaluate(
 def digits(folder: Path, seed: int, **numbers: int | None) -> None:
     """Write the digits detection set to FOLDER, in COCO format."""
     given = {name: value for name, value in numbers.items() if value is not None}
-    click.echo(detection("digits").write_digits(folder, seed=seed, **given))
+    click.echo(detection("data.digits").write_digits(folder, seed=seed, **given))
 
 
 @detect.command()
@@ -251,4 +251,4 @@ def digits(folder: Path, seed: int, **numbers: int | None) -> None:
 @DEVICE
 def demo(out: Path | None, options: tuple[str, ...], device: str | None) -> None:
     """The whole way on handwritten digits, with nothing to download: a detector with a 40 % smaller backbone."""
-    detection("demo").demo(out or Path("runs") / "detect-demo", _parsed(options), device, click.echo)
+    detection("runs.demo").demo(out or Path("runs") / "detect-demo", _parsed(options), device, click.echo)

@@ -22,7 +22,7 @@ class Budget:
         params: parameters.
         macs: multiply-adds for one image of the space's input size.
         latency: time of a forward, as text such as ``"20ms"``, ``"0.02s"`` or ``"800us"``, or a fraction of the dense
-            model's. It is that of measured layers (:func:`sidt.allocation.timing.measure_layers`): of their machine and batch.
+            model's. It is that of measured layers (:func:`sidt.measure_layers`): of their machine and batch.
 
     Raises:
         InputError: no bound is given, or one is zero, negative, NaN, or a fraction over 1, or a time has no unit.

@@ -1,7 +1,7 @@
 """Latency of plans, from a table of what the layers take at some of their sizes.
 
 Time is no polynomial of sizes: kernels have steps, and attention does work that multiply-adds do not show. So the
-layers that dimensions live in are timed at a grid of sizes (:func:`sidt.allocation.timing.measure_layers`), and time is linear
+layers that dimensions live in are timed at a grid of sizes (:func:`sidt.measure_layers`), and time is linear
 between them. What is left of the dense model's time does not follow the plan.
 """
 

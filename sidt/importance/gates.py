@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sidt.errors import InputError
-from sidt.importance import Importance, unit_sums
 from sidt.importance.placements import Gate, Placement, Site, placed
+from sidt.importance.scores import Importance, unit_sums
 from sidt.space.axes import axis_size
 from sidt.space.families import INNER_KINDS, Kind
 from sidt.space.space import DimensionSpace, space_for

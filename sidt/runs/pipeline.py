@@ -2,18 +2,20 @@
 
 ::
 
-    train -> dense/            score -> base/, scores.safetensors      search -> study.db, search/
+    train -> dense/            score -> base/ (with moments.safetensors), scores.safetensors
+    search -> study.db, search/
     slice -> sliced/           finetune -> config.json, plan.json, model.safetensors (the result, for sidt.load)
     evaluate -> evaluation.json        report -> report.md, kept.png, search.png
 
-base/ is the dense model in the basis that scores and plans are of (see :mod:`sidt.surgery.alignment`); what it computes is the
-same.
+base/ is the dense model in the basis that scores and plans are of (see :func:`sidt.align`); what it computes is the
+same. What its layers read is measured once, by score, for the repair of every slice.
 """
 
 import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,32 +23,34 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from sidt import importance as criteria
 from sidt.allocation.greedy import Rules
 from sidt.allocation.study import Gain
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.complexity import measure, report, time_forward
 from sidt.errors import InputError
-from sidt.export.checkpoint import create_model, load, load_weights, save
+from sidt.export.checkpoint import load, save
+from sidt.export.models import create_model
+from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
-from sidt.importance import Importance, load_importance
+from sidt.importance import criteria
 from sidt.importance.gates import learn_gates
+from sidt.importance.scores import Importance, load_importance
 from sidt.runs import report as reporting
 from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate, refit_width
-from sidt.surgery.moments import Moments, measure_moments
+from sidt.surgery.moments import Moments, load_moments, measure_moments
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import Splits, load_data
+from sidt.training.data import DataConfig, Splits, load_data
 from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
 from sidt.training.loop import Loss, TrainConfig, fit, weights_digest
 
-LATENCY = "latency"
+LATENCY, MOMENTS = "latency", "base/moments.safetensors"
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
@@ -57,7 +61,7 @@ _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 def train(run: Run) -> str:
     """Train the dense model, or take it with the weights it comes with."""
-    config, data = run.config, load_data(run.config.data)
+    config, data = run.config, _data(run.config.data)
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, config.model.args, pretrained=config.model.pretrained)
     space_for(model)  # a model without a space is said now, not after training
@@ -80,7 +84,8 @@ def score(run: Run) -> str:
     model, config, begin = dense_model(run), run.config.score, time.perf_counter()
     space = space_for(model)
     if run.config.repair:
-        model = align(model, _moments(run, model))[0]
+        model, moments = align(model, _measured(run, model))
+        moments.save(run.folder / MOMENTS, _made_of(run, model))
     if config.method == "gates":
         found = _gate_scores(run, model, space)
     else:
@@ -89,7 +94,7 @@ def score(run: Run) -> str:
             options.setdefault("seed", run.config.seed)
         arguments: tuple[Any, ...] = (model,)
         if config.method not in ("random", "magnitude"):
-            images = _sample(load_data(run.config.data).calibration, config.images)
+            images = _sample(_data(run.config.data).calibration, config.images)
             arguments = (model.to(run.device), make_loader(images, 64))
         criterion: Callable[..., Importance] = getattr(criteria, config.method)
         try:
@@ -111,7 +116,7 @@ def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importanc
         gates = gates.model_copy(update={"device": run.device})
     made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()}"
     own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
-    images = _sample(load_data(run.config.data).train, config.images)
+    images = _sample(_data(run.config.data).train, config.images)
     return learn_gates(model, images, gates, space=space, folder=own).importance
 
 
@@ -120,7 +125,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     model, config = base_model(run), run.config.search
     space = space_for(model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
-    data = load_data(run.config.data)
+    data = _data(run.config.data)
     held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
 
     judge = correct if config.objective == "top1" else log_likelihood
@@ -198,7 +203,7 @@ def slice_(run: Run) -> str:
     plan = searched_plan(run, space_for(model))
     small = _slicer(run, model)(plan)
     if run.config.repair:
-        images = _sample(load_data(run.config.data).calibration, _WIDTH_IMAGES)
+        images = _sample(_data(run.config.data).calibration, _WIDTH_IMAGES)
         small = refit_width(model, small, plan, make_loader(images, 64))
     small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
@@ -209,7 +214,7 @@ def slice_(run: Run) -> str:
 def finetune(run: Run) -> str:
     """Train the sliced model further; the result is the run folder's own checkpoint."""
     model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
-    data = load_data(config.data)
+    data = _data(config.data)
     if config.teacher is not None:
         options = config.teacher.model_dump()
         loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
@@ -225,7 +230,7 @@ def evaluate(run: Run) -> str:
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
     check_one_plan(run)
-    test, rows = load_data(run.config.data).test, {}
+    test, rows = _data(run.config.data).test, {}
     for name, folder in there.items():
         model = load(folder).to(run.device)
         counted = measure(model)
@@ -295,9 +300,31 @@ def run_all(run: Run, say: Callable[[str], None]) -> None:
 # --- what the steps share -----------------------------------------------------------------------------------------
 
 
-def _moments(run: Run, model: nn.Module) -> Moments:
-    images = _sample(load_data(run.config.data).calibration, run.config.score.images)
+@lru_cache(maxsize=1)
+def _data(config: DataConfig) -> Splits:
+    """The data, read once for all steps of a process."""
+    return load_data(config)
+
+
+def _measured(run: Run, model: nn.Module) -> Moments:
+    images = _sample(_data(run.config.data).calibration, run.config.score.images)
     return measure_moments(model.to(run.device), make_loader(images, 64))
+
+
+def _made_of(run: Run, base: nn.Module) -> dict[str, Any]:
+    """What the moments of the base model depend on."""
+    data = run.config.data.model_dump(mode="json")
+    return {"weights": weights_digest(base), "data": data, "images": run.config.score.images}
+
+
+def _moments(run: Run, base: nn.Module) -> Moments:
+    """The moments of the base model: those that score left, if they are of this model and these images."""
+    made_of = _made_of(run, base)
+    found = load_moments(run.folder / MOMENTS, space_for(base), made_of)
+    if found is None:
+        found = _measured(run, base)
+        found.save(run.folder / MOMENTS, made_of)
+    return found
 
 
 def _slicer(run: Run, model: nn.Module) -> Callable[[DimensionPlan], nn.Module]:

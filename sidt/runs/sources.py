@@ -8,7 +8,8 @@ from sidt.allocation.timing import compare_layers
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import ComplexityReport, Group, report
 from sidt.errors import InputError
-from sidt.export.checkpoint import create_model, load
+from sidt.export.checkpoint import load
+from sidt.export.models import create_model
 from sidt.runs.config import read_config
 from sidt.runs.folder import PLAN
 from sidt.runs.report import Format, latency_text

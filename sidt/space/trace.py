@@ -97,9 +97,9 @@ class _Positions(TorchFunctionMode):
         whole = weight if id(weight) in self.weights or weight._base is None else weight._base
         name, parameter = self.weights.get(id(whole), ("", weight))
         if name and len(weight) and weight[0].numel() == parameter[0].numel():
-            start = weight.storage_offset() // parameter.stride(0)
+            start = int(weight.storage_offset()) // int(parameter.stride(0))
             rows = self.positions.setdefault(name, Counter())
-            rows[start, start + weight.shape[0]] += positions
+            rows[start, start + len(weight)] += positions
 
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)

@@ -72,7 +72,7 @@ def attend(
     """
     size, trained = v.shape[-1], mask is not None and mask.requires_grad
     # CPU has the same switch as CUDA; a compiler cannot read it.
-    fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
     if q.device.type == "cpu" and fused and not trained and q.shape[-1] != size:
         common = max(q.shape[-1], size)
         q, k, v = (F.pad(t, (0, common - t.shape[-1])) for t in (q, k, v))

@@ -6,7 +6,7 @@ bias is a column), K the kept columns and D the dropped ones::
     W' = W[:, K] + W[:, D] G[D, K] (G[K, K] + ridge I)^-1
 
 so with nothing dropped the weights stay bit for bit, and the squared error on the calibration images is never above
-that of plain slicing. q/k and v need no repair once the model is aligned (:mod:`sidt.surgery.alignment`): the first units are
+that of plain slicing. q/k and v need no repair once the model is aligned (:func:`sidt.align`): the first units are
 the best fit that there is.
 """
 

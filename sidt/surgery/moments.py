@@ -6,14 +6,19 @@ A convolution is a linear layer on its unfolded patches. Nothing is kept of the 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from json import dumps
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sidt.errors import InputError
+from sidt.files import replacing
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.slicing import explicit
@@ -54,6 +59,51 @@ class Moments:
     def replaced(self, inputs: Mapping[Rows, Tensor]) -> "Moments":
         """The same with some of the inputs replaced."""
         return replace(self, inputs={**self.inputs, **inputs})
+
+    def save(self, path: str | Path, made_of: Any) -> None:
+        """Write the moments as safetensors, in one step: of each matrix, which is symmetric, the upper triangle.
+
+        Args:
+            path: the file.
+            made_of: JSON values that say what they were measured on; see :func:`load_moments`.
+        """
+        upper = {f"{name} {row}": _upper(moment) for (name, row), moment in self.inputs.items()}
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(dump_tensors(upper, metadata={_MADE_OF: dumps(made_of)}))
+
+
+_MADE_OF = "made_of"
+
+
+def load_moments(path: str | Path, space: DimensionSpace, made_of: Any) -> Moments | None:
+    """Read moments that were saved; ``None`` if there are none, or none that were ``made_of`` the same.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get(_MADE_OF) != dumps(made_of):
+                return None
+            keys = [key.rpartition(" ") for key in file.keys()]  # noqa: SIM118 - the file is no mapping
+            read = {(name, int(row)): _mirrored(file.get_tensor(f"{name} {row}")) for name, _, row in keys}
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read the moments {path}: {reason}; delete it to measure them again") from None
+    return Moments(space, read)
+
+
+def _upper(moment: Tensor) -> Tensor:
+    return moment[torch.ones_like(moment, dtype=torch.bool).triu()]
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    side = int(((8 * len(upper) + 1) ** 0.5 - 1) / 2)
+    moment = upper.new_zeros(side, side)
+    moment[torch.ones_like(moment, dtype=torch.bool).triu()] = upper
+    return moment + moment.triu(1).T
 
 
 def measure_moments(
@@ -143,7 +193,7 @@ def rows_of(weight: Tensor, names: Mapping[int, str]) -> Rows | None:
     """Which of the named weights (by ``id``) this one is, or is rows of, and its first row there."""
     whole = weight if id(weight) in names or weight._base is None else weight._base
     name = names.get(id(whole))
-    return None if name is None else (name, weight.storage_offset() // max(whole.stride(0), 1))
+    return None if name is None else (name, int(weight.storage_offset()) // max(int(whole.stride(0)), 1))
 
 
 _MISSING = object()

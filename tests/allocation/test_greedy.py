@@ -11,7 +11,7 @@ from sidt import Budget, allocate, importance
 from sidt.allocation.greedy import Rules, _Allocation, uniform
 from sidt.cost.complexity import PlanCosts
 from sidt.errors import InputError
-from sidt.importance import Importance
+from sidt.importance.scores import Importance
 from sidt.space.families import INNER_KINDS, KINDS
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model

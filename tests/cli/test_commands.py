@@ -307,6 +307,30 @@ def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
     assert max(s.n_trials for s in summaries) == 6  # five finished, one stopped
 
 
+def test_a_run_measures_and_reads_once(sidt_command, tmp_path, monkeypatch):
+    from sidt.runs import pipeline
+
+    calls = []
+
+    def counted(name):
+        real = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda *a, **k: calls.append(name) or real(*a, **k))
+
+    counted("measure_moments")
+    counted("load_data")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {**TINY["data"], "seed": 7}}))
+    code, _, err = sidt_command("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert sorted(calls) == ["load_data", "measure_moments"]
+    before = (tmp_path / "run" / "sliced" / "model.safetensors").read_bytes()
+    code, _, _ = sidt_command("slice", tmp_path / "run")
+    assert code == 0 and calls.count("measure_moments") == 1
+    assert (tmp_path / "run" / "sliced" / "model.safetensors").read_bytes() == before
+    code, _, _ = sidt_command("slice", tmp_path / "run", "--set", "score.images=32")
+    assert code == 0 and calls.count("measure_moments") == 2, "moments of other images are not taken for these"
+    assert (tmp_path / "run" / "sliced" / "model.safetensors").read_bytes() != before
+
+
 def test_configs_and_spaces_ship_with_the_package():
     from importlib import resources
 

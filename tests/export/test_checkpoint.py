@@ -11,7 +11,7 @@ from backbones import PVT, SWIN, TIMM_BACKBONES, VIT_TINY, dense, random_plan, s
 from safetensors.torch import save_file
 
 import sidt
-from sidt.export.checkpoint import load_weights
+from sidt.export.weights import load_weights
 from sidt.surgery.slicing import slice_model
 
 
@@ -145,7 +145,7 @@ def test_weights_of_others(tmp_path, key):
 
 
 def test_unknown_model(refused):
-    from sidt.export.checkpoint import create_model
+    from sidt.export.models import create_model
 
     with refused("vit_enormous", "vit_"):
         create_model("vit_enormous", {})

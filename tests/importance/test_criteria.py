@@ -8,7 +8,7 @@ from torch import nn
 
 from sidt import importance
 from sidt.errors import InputError
-from sidt.importance import Importance, load_importance, unit_sums
+from sidt.importance.scores import Importance, load_importance, unit_sums
 from sidt.space.space import space_for
 
 SPACE = """

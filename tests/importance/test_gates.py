@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from sidt.export.checkpoint import load
-from sidt.importance import load_importance
 from sidt.importance.gates import GateConfig, gated, learn_gates
+from sidt.importance.scores import load_importance
 from sidt.runs import pipeline
 from sidt.runs.folder import open_run
 from sidt.space.families import INNER_KINDS, KINDS

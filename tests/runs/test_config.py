@@ -5,7 +5,7 @@ import yaml
 
 from sidt.runs.config import dump_config, read_config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "classification").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))
 MINIMAL = {"model": {"name": "vit_tiny_patch16_224"}, "budget": {"params": 0.6}}
 
 

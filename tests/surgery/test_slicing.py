@@ -190,7 +190,7 @@ def test_an_attention_of_an_unknown_class(refused):
     model = VIT_TINY.build()
     space = space_for(model)
     model.blocks[1].attn.__class__ = Mine
-    with refused("Mine", "sidt/attention.py", "mlp and width"):
+    with refused("Mine", "sidt/surgery/attention.py", "mlp and width"):
         slice_model(model, random_plan(space, 0, ("heads",)))
     sliced = slice_model(model, random_plan(space, 0, ("mlp", "width")))  # as the message says
     assert type(sliced.blocks[1].attn) is Mine and run(sliced, VIT_TINY.images()).isfinite().all()
@@ -231,7 +231,7 @@ def test_an_mlp_of_an_unknown_class_with_convolutions(refused):
     mlp = model.stages[1].blocks[0].mlp
     mlp.__class__ = type("Mine", (type(mlp),), {})
     slice_model(model, random_plan(space, 0, ("mlp",)))
-    with refused("hidden.1.0", "Mine", "sidt/attention.py", "min_units=1"):
+    with refused("hidden.1.0", "Mine", "sidt/surgery/attention.py", "min_units=1"):
         slice_model(model, random_plan(space, 0, ("mlp",), empty={"hidden.1.0"}))
 
 
@@ -248,7 +248,7 @@ def test_an_attention_of_mmdetection_of_an_unknown_class(refused):
     model, space = MMDET_SWIN.build(), dense(MMDET_SWIN)[1]
     attention = model.stages[0].blocks[0].attn.w_msa
     attention.__class__ = type("Mine", (type(attention),), {})
-    with refused("Mine", "detection/attention.py", "mlp and width"):
+    with refused("Mine", "detection/detectors/attention.py", "mlp and width"):
         slice_model(model, random_plan(space, 0, ("heads",)))
 
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from sidt.detection.data.digits import write_digits
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "detection"
+CONFIGS = Path(__file__).parents[3] / "configs" / "detection"
 SET = dict(train=40, val=20, size=64, seed=3)
 
 

@@ -244,7 +244,7 @@ def test_uniform_plans_shrink_alike():
 
 def test_the_second_stage_is_counted_by_hand():
     init_default_scope("mmdet")
-    config = Config.fromfile(str(Path(__file__).parents[1] / "configs" / "detection" / "mask_rcnn_swin_t.py"))
+    config = Config.fromfile(str(Path(__file__).parents[3] / "configs" / "detection" / "mask_rcnn_swin_t.py"))
     config.model.backbone.update(embed_dims=24, depths=(1, 1, 1, 1), init_cfg=None)
     config.model.neck.in_channels = [24, 48, 96, 192]
     config.model.roi_head.bbox_head.fc_out_channels = 32
@@ -263,7 +263,7 @@ def test_the_second_stage_is_counted_by_hand():
 
 
 def test_the_table_of_mask_rcnn_is_the_published_one():
-    path = Path(__file__).parents[1] / "configs" / "detection" / "mask_rcnn_swin_t.py"
+    path = Path(__file__).parents[3] / "configs" / "detection" / "mask_rcnn_swin_t.py"
     text = complexity_text(str(path), None, None, "csv").splitlines()
     rows = {line.split(",")[0]: [int(c) for c in line.split(",")[1:]] for line in text[1:]}
     assert rows["total"][0] == 47_794_602 and round(rows["total"][3] / 1e9) == 267  # 48 M and 267 G

@@ -5,9 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import mmdet
 import pytest
 from click.testing import CliRunner
 from mmdet.apis import DetInferencer, inference_detector, init_detector
@@ -26,7 +24,7 @@ from small_detector import (
 from torch.testing import assert_close
 
 from sidt.cli.commands import cli
-from sidt.detection.detectors import configs as detection_configs
+from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import load_detector, weights_digest
 from sidt.detection.detectors.configs import build_detector, read_config
 from sidt.detection.detectors.space import detector_space, parts
@@ -75,6 +73,25 @@ def test_a_run_leaves_its_files(run):
     assert (run / "detections.png").stat().st_size > 1000
     plan = json.loads((run / "plan.json").read_text())
     assert plan == json.loads((run / "search" / "plan.json").read_text())
+
+
+def test_a_search_measures_once(run, tmp_path, monkeypatch):
+    """The first search left the aligned detector and its moments; another budget is searched from them."""
+    from sidt.detection.runs import objective
+
+    shutil.copytree(run, tmp_path / "run")
+    called = []
+    real = objective.read_batches
+    monkeypatch.setattr(objective, "measure_moments", lambda *a, **k: called.append("moments"))
+    monkeypatch.setattr(objective, "read_batches", lambda *a, **k: called.append("images") or real(*a, **k))
+    arguments = ["detect", "search", str(tmp_path / "run"), "--budget.params", "0.8"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False, standalone_mode=False)
+    assert result.exit_code == 0 and not called
+    (tmp_path / "run" / "base" / "moments.safetensors").unlink()
+    monkeypatch.setattr(objective, "measure_moments", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False, standalone_mode=False)
+    assert called == ["images"]
 
 
 def test_a_digest_is_of_the_tensors(run, checkpoint, tmp_path):
@@ -204,12 +221,11 @@ def test_det_inferencer_takes_it(moved, image):
     assert len(found["bboxes"]) == len(found["scores"]) > 0
 
 
-def mmdet_tool(name):
-    return str(Path(mmdet.__file__).parent / ".mim" / "tools" / name)
+TOOL = (sys.executable, "-m", "sidt.detection.run")  # MMDetection's scripts, wherever mmcv has no operators
 
 
 def test_tools_test_takes_it(run, moved, tmp_path):
-    command = [sys.executable, mmdet_tool("test.py"), str(moved / "config.py"), str(moved / "model.safetensors")]
+    command = [*TOOL, "tools/test.py", str(moved / "config.py"), str(moved / "model.safetensors")]
     done = subprocess.run([*command, "--work-dir", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     (scores,) = [json.loads(p.read_text()) for p in tmp_path.glob("*/*.json")]
@@ -292,7 +308,7 @@ def test_another_split_needs_another_run(run, config, data, refused):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_describes_a_searchable_detector(path):
     config = read_config(path)
-    detection_configs.source_of(config, "train_dataloader")
+    source_of(config, "train_dataloader")
     text = path.read_text()
     assert text.startswith(("#", '"""')) and "Result" in text
     detector = build_detector(config)

@@ -15,8 +15,9 @@ from small_detector import small_config, small_digits
 from torch.testing import assert_close
 
 from sidt.cli.commands import cli
+from sidt.detection.data.sources import move_data
 from sidt.detection.detectors.checkpoints import load_detector, save_detector
-from sidt.detection.detectors.configs import build_detector, move_data, read_config
+from sidt.detection.detectors.configs import build_detector, read_config
 from sidt.detection.detectors.space import detector_space
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import open_run

@@ -12,16 +12,17 @@ from mmengine.runner import Runner
 from small_detector import small_config, small_digits
 from torch.testing import assert_close
 
-from sidt.detection.detectors.configs import build_detector, input_size_of, move_data, read_config
+from sidt.detection.data.sources import move_data
+from sidt.detection.detectors.configs import build_detector, input_size_of, read_config
 from sidt.detection.detectors.space import detector_space
 from sidt.detection.runs import pipeline
-from sidt.detection.runs.objective import measured_scores
+from sidt.detection.runs.objective import images_of, measured_scores
 from sidt.detection.runs.settings import Settings
 from sidt.detection.training.gates import GateHook
 from sidt.detection.training.loop import prepared, train
 from sidt.detection.training.loss import detector_loss, read_batches
-from sidt.importance import load_importance
 from sidt.importance.gates import gated
+from sidt.importance.scores import load_importance
 from sidt.space.families import KINDS
 
 HOOK = """
@@ -175,7 +176,7 @@ def test_settings_give_scores_and_leave_the_detector(config, tmp_path):
     state = copy.deepcopy(detector.state_dict())
     said = []
     chosen = Settings(score="gates", gates={"lambdas": 1e-2, "speed": 5.0})
-    scores = measured_scores(detector, own, chosen, space, said.append).scores
+    scores = measured_scores(detector, own, chosen, space, images_of(own, chosen), said.append).scores
     assert all(np.ptp(scores[d.name]) > 0 for d in space.dimensions.values() if d.kind == "mlp")
     assert "gates" in said[-1]
     assert list(detector.state_dict()) == list(state)

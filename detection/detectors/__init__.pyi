@@ -1,0 +1,11 @@
+from .backbones import TimmBackbone as TimmBackbone
+from .backbones import slice_backbone as slice_backbone
+from .checkpoints import load_detector as load_detector
+from .checkpoints import load_weights as load_weights
+from .checkpoints import save_detector as save_detector
+from .configs import build_detector as build_detector
+from .configs import read_config as read_config
+from .pyramid import SimpleFeaturePyramid as SimpleFeaturePyramid
+from .space import detector_space as detector_space
+from .space import parts as parts
+from .space import whole as whole

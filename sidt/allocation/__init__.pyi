@@ -1,0 +1,9 @@
+from .greedy import Rules as Rules
+from .greedy import allocate as allocate
+from .greedy import uniform as uniform
+from .study import Gain as Gain
+from .study import SearchResult as SearchResult
+from .study import search as search
+from .timing import compare_layers as compare_layers
+from .timing import fit_latency as fit_latency
+from .timing import measure_layers as measure_layers

@@ -1,0 +1,8 @@
+"""What leaves the house: checkpoint folders of JSON and safetensors.
+
+``__init__.pyi`` names what is public here; it is loaded on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

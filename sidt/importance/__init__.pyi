@@ -1,0 +1,13 @@
+from .criteria import activation as activation
+from .criteria import cross_entropy as cross_entropy
+from .criteria import fisher as fisher
+from .criteria import magnitude as magnitude
+from .criteria import random as random
+from .criteria import taylor as taylor
+from .gates import GateConfig as GateConfig
+from .gates import gated as gated
+from .gates import learn_gates as learn_gates
+from .placements import Placement as Placement
+from .scores import Importance as Importance
+from .scores import load_importance as load_importance
+from .scores import unit_sums as unit_sums

@@ -1,0 +1,10 @@
+from .families import INNER_KINDS as INNER_KINDS
+from .families import KINDS as KINDS
+from .families import Kind as Kind
+from .families import families as families
+from .plan import DimensionPlan as DimensionPlan
+from .plan import load_plan as load_plan
+from .space import Dimension as Dimension
+from .space import DimensionSpace as DimensionSpace
+from .space import Place as Place
+from .space import space_for as space_for

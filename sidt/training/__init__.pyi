@@ -1,0 +1,13 @@
+from .batches import make_loader as make_loader
+from .data import DataConfig as DataConfig
+from .data import Splits as Splits
+from .data import load_data as load_data
+from .devices import resolve_device as resolve_device
+from .distillation import TeacherConfig as TeacherConfig
+from .distillation import distillation_loss as distillation_loss
+from .evaluation import correct as correct
+from .evaluation import log_likelihood as log_likelihood
+from .evaluation import top1 as top1
+from .loop import TrainConfig as TrainConfig
+from .loop import finetune as finetune
+from .loop import fit as fit
