@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidt.cli.detect import detect, detection, names_a_detector
-from sidt.cli.options import DEVICE, OUT, SOURCE, image_size, number
+from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, together
 from sidt.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ def cli() -> None:
 cli.add_command(detect)
 
 
-def _step(command: Any) -> Any:
-    """The arguments that every step of a run has."""
-    for decorate in (DEVICE, _SET, OUT, SOURCE):
-        command = decorate(command)
-    return command
+_STEP = together(SOURCE, OUT, _SET, DEVICE)  # the arguments that every step of a run has
 
 
 def _open(
@@ -64,43 +60,31 @@ def _do(step: Callable[["Run"], str], run: "Run") -> None:
     remember(run)
 
 
+def _add_step(name: str, function: str, says: str) -> None:
+    """A command that does one step of a run and has no options of its own."""
+
+    @cli.command(name, help=says)
+    @_STEP
+    def step(**arguments: Any) -> None:
+        from sidt.runs import pipeline
+
+        _do(getattr(pipeline, function), _open(**arguments))
+
+
+_add_step("train", "train", "Train the dense model, or take the weights that the config names.")
+_add_step("score", "score", "Score the importance of every unit.")
+_add_step("slice", "slice_", "Slice the dense model by the plan.")
+_add_step("evaluate", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models.")
+_add_step("report", "write_report", "Write report.md and its plots.")
+
+
 @cli.command()
-@_step
-def train(**arguments: Any) -> None:
-    """Train the dense model, or take the weights that the config names."""
-    from sidt.runs import pipeline
-
-    _do(pipeline.train, _open(**arguments))
-
-
-@cli.command()
-@_step
-def score(**arguments: Any) -> None:
-    """Score the importance of every unit."""
-    from sidt.runs import pipeline
-
-    _do(pipeline.score, _open(**arguments))
-
-
-@cli.command()
-@_step
-@click.option(
-    "--budget.params",
-    "budget_params",
-    metavar="X",
-    help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
-)
-@click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
-@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
-@click.option("--trials", type=int, help="Finished trials in all.")
-@click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
-@click.option("--seed", type=int, help="Of Optuna's sampler.")
-@click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
+@_STEP
+@budgeted
+@TRIALS
 @click.option("--pareto", is_flag=True, default=None, help="Accuracy against multiply-adds, at or below the budget.")
 def search(
-    budget_params: str | None,
-    budget_macs: str | None,
-    budget_latency: str | None,
+    budget: dict[str, Any] | None,
     trials: int | None,
     timeout: float | None,
     seed: int | None,
@@ -111,30 +95,19 @@ def search(
     """Search the plan within the budget. Stop it with Ctrl-C; the same command goes on."""
     from sidt.runs import pipeline
 
-    values: dict[str, Any] = {
+    values = {
+        "budget": budget,
         "search.trials": trials,
         "search.timeout": timeout,
         "search.storage": storage,
         "search.pareto": pareto,
         "seed": seed,
     }
-    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
-    if any(bound is not None for bound in budget.values()):
-        values["budget"] = budget  # as a whole: a bound that the config has and the command has not is dropped
     _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
 
 
-@cli.command(name="slice")
-@_step
-def slice_(**arguments: Any) -> None:
-    """Slice the dense model by the plan."""
-    from sidt.runs import pipeline
-
-    _do(pipeline.slice_, _open(**arguments))
-
-
 @cli.command()
-@_step
+@_STEP
 @click.option("--teacher", is_flag=True, help="Learn from the dense model too, as the config's section teacher says.")
 def finetune(teacher: bool, **arguments: Any) -> None:
     """Train the sliced model further."""
@@ -147,25 +120,7 @@ def finetune(teacher: bool, **arguments: Any) -> None:
 
 
 @cli.command()
-@_step
-def evaluate(**arguments: Any) -> None:
-    """Top-1 on the test split, parameters, MACs and latency of the run's models."""
-    from sidt.runs import pipeline
-
-    _do(pipeline.evaluate, _open(**arguments))
-
-
-@cli.command()
-@_step
-def report(**arguments: Any) -> None:
-    """Write report.md and its plots."""
-    from sidt.runs import pipeline
-
-    _do(pipeline.write_report, _open(**arguments))
-
-
-@cli.command()
-@_step
+@_STEP
 def run(**arguments: Any) -> None:
     """All steps: train, score, search, slice, finetune, evaluate, report."""
     from sidt.runs import pipeline

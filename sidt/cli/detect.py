@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sidt.cli.options import DEVICE, OUT, SOURCE, image_size, number
+from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, number, together
 from sidt.errors import InputError
 
 _OPTIONS = click.option(
@@ -26,6 +26,10 @@ _AMP = click.option("--amp", is_flag=True, help="Automatic mixed precision.")
 _HOLDOUT = click.option(
     "--holdout", metavar="X", help="Training images held out for the search: a fraction or a number."
 )
+
+
+_INPUT = click.option("--input", "input_size", metavar="3x800x1280", help="Image size that costs are stated at.")
+_RUN = together(SOURCE, OUT, _DATA, _OPTIONS)  # the arguments of every command that takes a config
 
 
 @click.group()
@@ -85,50 +89,41 @@ def _mixed_precision(options: dict[str, Any], amp: bool) -> dict[str, Any]:
     )
 
 
-@detect.command()
-@SOURCE
-@OUT
-@_DATA
-@_OPTIONS
-@_HOLDOUT
-@_AMP
-@_LAUNCHER
-def train(
+def _open(
     source: Path,
     out: Path | None,
     data_root: Path | None,
     options: tuple[str, ...],
-    holdout: str | None,
-    amp: bool,
-    launcher: str,
-) -> None:
+    settings: dict[str, Any],
+    *,
+    amp: bool = False,
+) -> Any:
+    values = _mixed_precision(_parsed(options), amp)
+    return detection("runs.folder").open_run(source, out, values, settings, data_root=data_root)
+
+
+@detect.command()
+@_RUN
+@_HOLDOUT
+@_AMP
+@_LAUNCHER
+def train(source: Path, holdout: str | None, launcher: str, **arguments: Any) -> None:
     """Train the dense detector with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("runs.pipeline")
     if source.is_dir():
         raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
-    values = _mixed_precision(_parsed(options), amp)
-    run = detection("runs.folder").open_run(source, out, values, {"holdout": number(holdout)}, data_root=data_root)
+    run = _open(source, settings={"holdout": number(holdout)}, **arguments)
     click.echo(pipeline.train_dense(run, launcher=launcher))
 
 
 @detect.command()
-@SOURCE
-@OUT
-@_DATA
-@_OPTIONS
+@_RUN
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     help="Weights of the trained detector: MMDetection's .pth, or safetensors.",
 )
-@click.option(
-    "--budget.params",
-    "budget_params",
-    metavar="X",
-    help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
-)
-@click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G).")
-@click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms.")
+@budgeted
 @click.option("--on", type=click.Choice(["backbone", "detector"]), help="What the budget is of; default: backbone.")
 @click.option("--score", type=click.Choice(["taylor", "fisher", "magnitude", "random"]), help="The importance.")
 @click.option("--score-images", type=int, help="Training images that the importance is measured on.")
@@ -136,11 +131,8 @@ def train(
 @_HOLDOUT
 @click.option("--kinds", help="Kinds of dimensions to search, e.g. heads,qk,v,mlp,width.")
 @click.option("--round-to", type=int, help="Sizes become multiples of this.")
-@click.option("--input", "input_size", metavar="3x800x1280", help="Image size that costs are stated at.")
-@click.option("--trials", type=int, help="Finished trials in all.")
-@click.option("--timeout", type=float, help="Seconds after which no new trial starts.")
-@click.option("--seed", type=int, help="Of the held-out images and of Optuna's sampler.")
-@click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder.")
+@_INPUT
+@TRIALS
 @DEVICE
 def search(
     source: Path,
@@ -148,9 +140,6 @@ def search(
     data_root: Path | None,
     options: tuple[str, ...],
     checkpoint: Path | None,
-    budget_params: str | None,
-    budget_macs: str | None,
-    budget_latency: str | None,
     holdout: str | None,
     kinds: str | None,
     input_size: str | None,
@@ -161,15 +150,13 @@ def search(
     Stop it with Ctrl-C; the same command goes on.
     """
     pipeline = detection("runs.pipeline")
-    budget = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
     given = {
         **settings,
-        "budget": budget if any(bound is not None for bound in budget.values()) else None,
         "holdout": number(holdout),
         "kinds": kinds.split(",") if kinds else None,
         "input_size": image_size(input_size),
     }
-    run = detection("runs.folder").open_run(source, out, _parsed(options), given, data_root=data_root)
+    run = _open(source, out, data_root, options, given)
     if checkpoint is not None:
         click.echo(pipeline.take_checkpoint(run, checkpoint))
     click.echo(pipeline.search(run, click.echo))
@@ -187,31 +174,24 @@ def finetune(
 ) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("runs.pipeline")
-    run = detection("runs.folder").open_run(source, data_root=data_root)
+    run = _open(source, None, data_root, (), {})
     click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
 
 
 @detect.command()
-@SOURCE
-@OUT
-@_DATA
-@_OPTIONS
+@_RUN
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Weights for a CONFIG; they become its dense detector."
 )
 @click.option("--per-class", is_flag=True, help="Also the AP of each class.")
 @click.option("--draw", type=int, default=0, help="Draw the boxes of this many test images, detectors side by side.")
 @click.option("--no-latency", is_flag=True, help="Do not time the detectors.")
-@click.option("--input", "input_size", metavar="3x800x1280", help="Image size that costs are stated at.")
+@_INPUT
 @click.option(
     "--format", "style", type=click.Choice(["table", "md", "csv", "latex"]), default="table", show_default=True
 )
 @_LAUNCHER
 def evaluate(
-    source: Path,
-    out: Path | None,
-    data_root: Path | None,
-    options: tuple[str, ...],
     checkpoint: Path | None,
     per_class: bool,
     draw: int,
@@ -219,12 +199,11 @@ def evaluate(
     input_size: str | None,
     style: Any,
     launcher: str,
+    **arguments: Any,
 ) -> None:
     """COCO scores, parameters, MACs and latency of a run's detectors, as a table and in evaluation.json."""
     pipeline = detection("runs.pipeline")
-    run = detection("runs.folder").open_run(
-        source, out, _parsed(options), {"input_size": image_size(input_size)}, data_root=data_root
-    )
+    run = _open(**arguments, settings={"input_size": image_size(input_size)})
     if checkpoint is not None:
         click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
     table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)

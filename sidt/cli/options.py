@@ -1,14 +1,58 @@
 """What the commands share: options, and how numbers and sizes are read."""
 
+from collections.abc import Callable
+from functools import reduce, wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sidt.errors import InputError
 
+Decorator = Callable[[Any], Any]
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator; help shows them in this order."""
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
 SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
 DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+TRIALS = together(
+    click.option("--trials", type=int, help="Finished trials in all."),
+    click.option("--timeout", type=float, help="Seconds after which no new trial starts."),
+    click.option("--seed", type=int, help="Of Optuna's sampler and of what is drawn at random."),
+    click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder."),
+)
+_BOUNDS = together(
+    click.option(
+        "--budget.params",
+        "budget_params",
+        metavar="X",
+        help="Parameters: a fraction (0.6 is 40 % fewer) or a number (13M).",
+    ),
+    click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G)."),
+    click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms."),
+)
+
+
+def budgeted(command: Any) -> Any:
+    """The options of a budget; the command gets ``budget``, its three bounds together, or ``None`` without any.
+
+    So a bound that the config has and the command line has not is dropped.
+    """
+
+    @wraps(command)
+    def gathered(
+        budget_params: str | None, budget_macs: str | None, budget_latency: str | None, **arguments: Any
+    ) -> Any:
+        bounds = {"params": number(budget_params), "macs": number(budget_macs), "latency": number(budget_latency)}
+        given = any(bound is not None for bound in bounds.values())
+        return command(budget=bounds if given else None, **arguments)
+
+    return _BOUNDS(gathered)
 
 
 def number(text: str | None) -> int | float | str | None:
