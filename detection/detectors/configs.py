@@ -34,7 +34,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     register_all_modules(init_default_scope=False)
     try:
         config = Config.fromfile(str(path))
-        config.merge_from_dict(dict(options or {}))
+        config.merge_from_dict(copy.deepcopy(dict(options or {})))  # which it changes
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise InputError(f"cannot read the config {path}: {_reason(error)}") from None
     if not isinstance(config.get("model"), Mapping) or "backbone" not in config.model:
@@ -62,6 +62,15 @@ def build_detector(config: Config) -> nn.Module:
         cause = error.__cause__
         raise (cause if isinstance(cause, InputError) else InputError(_unbuildable(config, error))) from None
     return detector
+
+
+def first_neck(model: Mapping[str, Any]) -> tuple[Any, str]:
+    """The config of the neck that reads a backbone's maps, ``None`` if there is none, and where it is in the detector.
+
+    Some detectors have several necks, one after the other.
+    """
+    neck = model.get("neck")
+    return (neck[0], "neck.0") if isinstance(neck, list | tuple) else (neck, "neck")
 
 
 def without_weights(backbone: Mapping[str, Any]) -> dict[str, Any]:

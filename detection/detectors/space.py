@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
 from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
+from sidt.detection.detectors.configs import first_neck
 from sidt.errors import InputError
 from sidt.space.axes import Axis
 from sidt.space.space import DimensionSpace, Place, space_for
@@ -47,7 +48,7 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
         places |= _norm_places(detector.backbone, maps)
     neck, fixed = _neck_places(detector, config, maps, inner.sizes)
     places |= neck
-    attributes |= _neck_attributes(detector, maps) if neck else {}
+    attributes |= _neck_attributes(detector, first_neck(config)[1], maps) if neck else {}
     shapes: dict[str, Tensor] = dict(detector.named_parameters())
     constant = {
         name: Place(tuple(((size,),) for size in tensor.shape), ".".join(name.split(".")[:2]), False)
@@ -90,10 +91,10 @@ def _neck_places(
 
     The neck is built again with one channel more in one map: tensors that grow by one along one axis read that map.
     """
-    neck = config.get("neck")
+    neck, path = first_neck(config)
     channels = [sizes[name] for name in maps]
     given = None if neck is None else neck.get("in_channels")
-    if given is None or not isinstance(detector.neck, nn.Module):
+    if neck is None or given is None:
         return {}, set(maps)
     several = isinstance(given, list | tuple)
     if list(given if several else [given]) != (channels if several else channels[-1:]):
@@ -101,7 +102,7 @@ def _neck_places(
             f"the neck {neck.type} has in_channels={given}, but the backbone's maps have {channels} channels; "
             f"set neck.in_channels={channels}"
         )
-    own = {name: tuple(p.shape) for name, p in detector.neck.named_parameters()}
+    own = {name: tuple(p.shape) for name, p in detector.get_submodule(path).named_parameters()}
     places: dict[str, Place] = {}
     for i, name in enumerate(maps if several else maps[-1:]):
         larger = [c + (j == i) for j, c in enumerate(given)] if several else given + 1
@@ -119,15 +120,15 @@ def _neck_places(
                 return {}, set(maps)
             axes: list[Axis] = [((size,),) for size in before]
             axes[grown[0]] = ((name,),)
-            places[f"neck.{parameter}"] = Place(tuple(axes), f"neck.{parameter.split('.')[0]}", False)
+            places[f"{path}.{parameter}"] = Place(tuple(axes), f"{path}.{parameter.split('.')[0]}", False)
     return places, set()
 
 
-def _neck_attributes(detector: nn.Module, maps: Sequence[str]) -> dict[str, Axis]:
-    own = getattr(detector.neck, "in_channels", None)
+def _neck_attributes(detector: nn.Module, path: str, maps: Sequence[str]) -> dict[str, Axis]:
+    own = getattr(detector.get_submodule(path), "in_channels", None)
     if isinstance(own, list):
-        return {f"neck.in_channels.{i}": ((name,),) for i, name in enumerate(maps)}
-    return {"neck.in_channels": ((maps[-1],),)} if isinstance(own, int) else {}
+        return {f"{path}.in_channels.{i}": ((name,),) for i, name in enumerate(maps)}
+    return {f"{path}.in_channels": ((maps[-1],),)} if isinstance(own, int) else {}
 
 
 # --- costs ---------------------------------------------------------------------------------------------------------

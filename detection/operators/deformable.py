@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision  # noqa: F401  registers the operators
 from torch import Tensor
 
@@ -99,7 +100,8 @@ def modulated_deform_conv_forward(
         weight: [out, C / groups, kernel height, kernel width].
         bias: [out]; not used without ``with_bias``.
         ones: not used.
-        offset: [N, offset groups * kernel height * kernel width * 2, height, width].
+        offset: [N, offset groups * kernel height * kernel width * 2, height, width]. It may be of a larger map, as in
+            DyHead, and so may the mask: mmcv reads the first entries of an image as if they were of this shape.
         mask: [N, offset groups * kernel height * kernel width, height, width].
         output: [N, out, height, width].
         columns: not used.
@@ -107,6 +109,7 @@ def modulated_deform_conv_forward(
         options: ``MODULATED``; others are not used.
     """
     geometry = [options[name] for name in MODULATED]
+    offset, mask = _first(offset, output), _first(mask, output)
     output.copy_(_convolve(input, weight, offset, mask, bias if with_bias else None, geometry))
 
 
@@ -129,13 +132,28 @@ def modulated_deform_conv_backward(
     **options: Any,
 ) -> None:
     """Fill the gradients of :func:`modulated_deform_conv_forward`."""
+    offset, mask = _first(offset, grad_output), _first(mask, grad_output)
     grads = _gradients(grad_output, input, weight, offset, mask, [options[name] for name in MODULATED])
     grad_input.copy_(grads["input"])
     grad_weight.copy_(grads["weight"])
-    grad_offset.copy_(grads["offset"])
-    grad_mask.copy_(grads["mask"])
+    _fill(grad_offset, grads["offset"])
+    _fill(grad_mask, grads["mask"])
     if with_bias:
         grad_bias.copy_(grads["bias"])
+
+
+def _first(values: Tensor, output: Tensor) -> Tensor:
+    """The first entries of each image as [N, C, height, width] of the output."""
+    if values.shape[2:] == output.shape[2:]:
+        return values
+    shape = (len(values), values.shape[1], *output.shape[2:])
+    return values.flatten(1)[:, : shape[1] * shape[2] * shape[3]].reshape(shape)
+
+
+def _fill(buffer: Tensor, grad: Tensor) -> None:
+    """Fill a buffer with the gradient of its first entries; that of others is zero."""
+    flat = F.pad(grad.flatten(1), (0, buffer[0].numel() - grad[0].numel()))
+    buffer.copy_(flat.view(buffer.shape))
 
 
 def _convolve(

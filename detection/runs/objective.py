@@ -74,7 +74,7 @@ def _gate_scores(detector: nn.Module, config: Config, settings: Settings, space:
     The training, by MMEngine, starts from the detector's weights and is thrown away but for the scores.
     """
     own = Config(config.to_dict(), filename=config.filename)
-    own.merge_from_dict(settings.gates.train)
+    own.merge_from_dict(copy.deepcopy(settings.gates.train))  # which it changes
     own.val_cfg = own.val_dataloader = own.val_evaluator = None
     with tempfile.TemporaryDirectory() as folder:
         start, out = Path(folder, "start.safetensors"), Path(folder, "scores.safetensors")

@@ -419,6 +419,21 @@ class TestDeformableConvolution:
         out = mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 0, 1, 1, 2)
         torch.testing.assert_close(out, F.conv2d(moved, weight))
 
+    def test_the_first_offsets_of_a_larger_map_are_read(self):
+        """As mmcv's own do, which DyHead stands on."""
+        x, offset, mask, weight, bias = deform_inputs(1, 1, 1, 1, 1)
+        larger = [torch.cat([t.flatten(1), torch.randn(2, 3 * t[0].numel(), dtype=t.dtype)], 1) for t in (offset, mask)]
+        shapes = [(2, t.shape[1], 2 * t.shape[2], 2 * t.shape[3]) for t in (offset, mask)]
+        inputs = [t.view(shape).requires_grad_() for t, shape in zip(larger, shapes, strict=True)]
+        out = mmcv_ops.modulated_deform_conv2d(x, *inputs, weight, bias, 1, 1)
+        own = [t.requires_grad_() for t in (offset, mask)]
+        expected = mmcv_ops.modulated_deform_conv2d(x, *own, weight, bias, 1, 1)
+        assert torch.equal(out, expected)
+        found = torch.autograd.grad(out.square().sum(), inputs)
+        for grad, small in zip(found, torch.autograd.grad(expected.square().sum(), own), strict=True):
+            assert torch.equal(grad.flatten(1)[:, : small[0].numel()], small.flatten(1))
+            assert not grad.flatten(1)[:, small[0].numel() :].any()
+
     @CASES
     def test_gradients(self, groups, deform_groups, stride, padding, dilation):
         x, offset, mask, weight, bias = (
