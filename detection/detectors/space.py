@@ -64,6 +64,7 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
         attributes=attributes,
         attention={heads: f"{prefix}{owner}" for heads, owner in inner.attention.items()},
         trace=trace_detector(detector, input_size)[0],
+        streams=dict.fromkeys(inner.streams, "its maps go out to the neck"),
         counted=BACKBONE,
     )
 

@@ -31,7 +31,8 @@ class Rules:
     """What allocation may do, apart from the budget.
 
     Attributes:
-        kinds: the kinds of dimensions that may shrink.
+        kinds: the kinds of dimensions that may shrink; None: heads, qk, v, mlp, and the widths that are rotated
+            (:func:`sidt.align`) if the budget has no latency.
         freeze: dimensions that may not, as shell patterns: ``heads.0``, ``*.11``, ``hidden.*``.
         min_units: the least units of every dimension; with 0, heads and mlp may go to none and their sublayer with
             them, the others keep one.
@@ -41,31 +42,50 @@ class Rules:
         InputError: a kind is unknown, or a number is too small.
     """
 
-    kinds: tuple[Kind, ...] = INNER_KINDS
+    kinds: tuple[Kind, ...] | None = None
     freeze: tuple[str, ...] = ()
     min_units: int = 1
     round_to: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds:
+        if self.kinds is not None and (not self.kinds or not set(self.kinds) <= set(KINDS)):
             raise InputError(f"kinds is {list(self.kinds)}; choose from {', '.join(KINDS)}")
         for name, least in {"min_units": 0, "round_to": 1}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
+    def free(self, space: DimensionSpace) -> set[str]:
+        """The dimensions that may shrink.
+
+        Raises:
+            InputError: a pattern of ``freeze`` matches no dimension.
+        """
+        for pattern in self.freeze:
+            if not fnmatch.filter(space.dimensions, pattern):
+                some = ", ".join(list(space.dimensions)[:6])
+                raise InputError(f"freeze pattern {pattern!r} matches no dimension; they are {some}, ...")
+
+        def is_free(dimension: Dimension) -> bool:
+            frozen = any(fnmatch.fnmatchcase(dimension.name, p) for p in self.freeze)
+            usual = dimension.ordered or dimension.kind in INNER_KINDS
+            wanted = usual if self.kinds is None else dimension.kind in self.kinds
+            return wanted and not dimension.fixed and not frozen
+
+        return {d.name for d in space.dimensions.values() if is_free(d)}
+
 
 def allocate(
     importance: Importance,
     budget: Budget,
     *,
-    kinds: Iterable[Kind] = INNER_KINDS,
+    kinds: Iterable[Kind] | None = None,
     freeze: Iterable[str] = (),
     min_units: int = 1,
     round_to: int = 1,
     multipliers: Mapping[str, float] | None = None,
+    sizes: Mapping[str, int] | None = None,
     latencies: LayerLatencies | None = None,
 ) -> DimensionPlan:
     """The plan that keeps the units with the highest score for their cost, within a budget.
@@ -81,6 +101,7 @@ def allocate(
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
         multipliers: factors on the scores of whole dimensions, by name.
+        sizes: of dimensions whose size is given, by name; the rest of the budget is left to the others.
         latencies: of the layers, for a budget with a latency. Sizes are then multiples of 8 too: a kernel takes as
             long for those between.
 
@@ -88,15 +109,23 @@ def allocate(
         InputError: a pattern matches nothing, or the budget cannot be met; it names the smallest reachable value. Or
             it has a latency, and there are no latencies, or the width is to shrink, which they do not cover.
     """
-    rules, costs = Rules(tuple(kinds), tuple(freeze), min_units, round_to), PlanCosts(importance.space)
+    rules = Rules(None if kinds is None else tuple(kinds), tuple(freeze), min_units, round_to)
+    costs = PlanCosts(importance.space)
     if budget.latency is not None and latencies is not None:
+        rules = timed(rules)
+        assert rules.kinds is not None
         if "width" in rules.kinds:
             raise InputError(f"the latency of layers is known for the whole width alone; kinds is {list(rules.kinds)}")
         rules = replace(rules, round_to=math.lcm(rules.round_to, STEP))
         costs = TimedPlanCosts(importance.space, latencies)
-    state = _Allocation(importance, costs, rules, multipliers or {})
+    state = _Allocation(importance, costs, rules, multipliers or {}, sizes or {})
     state.shrink(budget)
     return state.plan()
+
+
+def timed(rules: Rules) -> Rules:
+    """The rules for a budget with a latency: layers are timed at the whole width."""
+    return replace(rules, kinds=INNER_KINDS) if rules.kinds is None else rules
 
 
 def uniform(space: DimensionSpace, budget: Budget) -> DimensionPlan:
@@ -136,15 +165,22 @@ class _Allocation:
     """The sizes of a plan while it shrinks."""
 
     def __init__(
-        self, importance: Importance, costs: PlanCosts, rules: Rules, multipliers: Mapping[str, float]
+        self,
+        importance: Importance,
+        costs: PlanCosts,
+        rules: Rules,
+        multipliers: Mapping[str, float],
+        sizes: Mapping[str, int],
     ) -> None:
         self.space, self.costs, self.rules = importance.space, costs, rules
         self.dims = list(self.space.dimensions.values())
         self.column = {d.name: i for i, d in enumerate(self.dims)}
-        free = _free(self.space, rules)
+        free = rules.free(self.space) - set(sizes)
         self.free = np.array([d.name in free for d in self.dims])
-        self.size = np.array([d.size for d in self.dims], dtype=np.int64)
-        self.scores = {d.name: importance.scores[d.name] * multipliers.get(d.name, 1.0) for d in self.dims}
+        self.size = np.array([sizes.get(d.name, d.size) for d in self.dims], dtype=np.int64)
+        self.scores = {
+            d.name: _in_order(d, importance.scores[d.name]) * multipliers.get(d.name, 1.0) for d in self.dims
+        }
         self.order = {n: np.argsort(-s, axis=-1, kind="stable") for n, s in self.scores.items()}  # best first
         # Score of the units beyond each size: lost[size] for plain dimensions, [parent, size] below a parent.
         self.lost = {n: _lost(s) for n, s in self.scores.items()}
@@ -257,21 +293,13 @@ class _Allocation:
         return DimensionPlan(self.space, keep)
 
 
+def _in_order(dimension: Dimension, scores: Float) -> Float:
+    """The scores; those of an ordered dimension so that no unit has less than those after it."""
+    return np.maximum.accumulate(scores[::-1])[::-1] if dimension.ordered else scores
+
+
 def _lost(scores: Float) -> Float:
     """Sum of the scores beyond the ``size`` best, for every size from 0 to all."""
     ascending = np.sort(scores, axis=-1)
     sums = np.concatenate([np.zeros((*scores.shape[:-1], 1)), np.cumsum(ascending, axis=-1)], axis=-1)
     return sums[..., ::-1]
-
-
-def _free(space: DimensionSpace, rules: Rules) -> set[str]:
-    for pattern in rules.freeze:
-        if not fnmatch.filter(space.dimensions, pattern):
-            some = ", ".join(list(space.dimensions)[:6])
-            raise InputError(f"freeze pattern {pattern!r} matches no dimension; they are {some}, ...")
-
-    def free(dimension: Dimension) -> bool:
-        frozen = any(fnmatch.fnmatchcase(dimension.name, p) for p in rules.freeze)
-        return dimension.kind in rules.kinds and not dimension.fixed and not frozen
-
-    return {d.name for d in space.dimensions.values() if free(d)}

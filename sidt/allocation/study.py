@@ -26,12 +26,13 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from sidt.allocation.greedy import Rules, allocate
+from sidt.allocation.greedy import Rules, allocate, timed
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
 from sidt.errors import InputError
 from sidt.importance.scores import Importance
+from sidt.space.families import KINDS
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
 from sidt.surgery.slicing import slice_model
@@ -42,6 +43,10 @@ Sampler = Literal["tpe", "cmaes", "gp", "random"]
 Multipliers = Mapping[str, float]  # log2 of the factors, by knob
 
 _DEPTHS = 4
+_WIDTH = "width"
+# log2 of the factor on the rotated widths of the plain ranking, and those that are tried first: how much width against
+# how much of everything else is what no ranking knows.
+_WIDTH_RANGE, _WIDTH_FIRST = (-1.0, 0.5), (-0.25, -0.5, -0.75, 0.25)
 _LOG2_RANGE = 2.0  # multipliers between 1/4 and 4: beyond, plans were only worse than the plain ranking
 _STARTUP = 5  # random trials before the sampler learns; the plain ranking is a good start already
 _LEAST_SHARE = 0.25  # Pareto mode goes down to this part of the budget
@@ -172,22 +177,29 @@ def search(
     if jobs < 1:
         raise InputError(f"jobs is {jobs}; it must be at least 1")
     rules = rules or Rules()
+    rules = timed(rules) if budget.latency is not None else rules
     space, costs = importance.space, PlanCosts(importance.space)
-    knobs = _knobs(space, rules)
+    ranges = _knobs(space, rules)
+    widths = [name for name in space.rotated() if name in rules.free(space)]
     plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
     name = _name(importance, budget, rules, pareto, label if latencies is None else f"{label} {latencies.digest()}")
 
     def plan_of(params: Mapping[str, float]) -> DimensionPlan:
         share = params.get("share", 1.0)
-        limits = _shrunk(budget, share, plain_plan, costs)
+        limits, factor = _shrunk(budget, share, plain_plan, costs), params.get(_WIDTH, 0.0)
+        given = {n: _near(plain_plan.sizes[n] * 2.0**factor, space.sizes[n], rules) for n in widths if factor}
         multipliers = _multipliers(space, params)
-        return allocate(importance, limits, **asdict(rules), multipliers=multipliers, latencies=latencies)
+        options = {**asdict(rules), "multipliers": multipliers, "sizes": given, "latencies": latencies}
+        return allocate(importance, limits, **options)
 
     def run(trial: optuna.Trial) -> float | tuple[float, float]:
-        params = {knob: trial.suggest_float(knob, -_LOG2_RANGE, _LOG2_RANGE) for knob in knobs}
+        params = {knob: trial.suggest_float(knob, *limits) for knob, limits in ranges.items()}
         if pareto:
             params["share"] = trial.suggest_float("share", _LEAST_SHARE, 1.0)
-        plan = plan_of(params)
+        try:
+            plan = plan_of(params)
+        except InputError:  # so much width leaves too little of the budget
+            raise optuna.TrialPruned from None
         used_params, used_macs = (int(c) for c in _cost(costs, plan))
         trial.set_user_attr("params", used_params)
         trial.set_user_attr("macs", used_macs)
@@ -202,8 +214,9 @@ def search(
         return (value, used_macs) if pareto else value
 
     make = slicer or (lambda plan: slice_model(model, plan))
-    start = dict.fromkeys(knobs, 0.0) | ({"share": 1.0} if pareto else {})
-    first = [start, *(_warm(known, start) for known in warm)]
+    start = dict.fromkeys(ranges, 0.0) | ({"share": 1.0} if pareto else {})
+    splits = [start | {_WIDTH: factor} for factor in _WIDTH_FIRST] if _WIDTH in ranges else []
+    first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
         study = _open(storage, name, pareto)
         finished = study.get_trials(states=_FINISHED)
@@ -246,9 +259,11 @@ def _whole(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Values:
     return np.concatenate([np.asarray(part, dtype=np.float64) for part in _parts(scores)])
 
 
-def _warm(known: Multipliers, start: Mapping[str, float]) -> dict[str, float]:
+def _warm(
+    known: Multipliers, start: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
     """The knobs of another search, as far as this one has them."""
-    return {knob: float(np.clip(known.get(knob, value), -_LOG2_RANGE, _LOG2_RANGE)) for knob, value in start.items()}
+    return {**start, **{k: float(np.clip(known.get(k, start[k]), *limits)) for k, limits in ranges.items()}}
 
 
 def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -272,11 +287,20 @@ def _front(
     return tuple((plan_of(t.params), t.values[0], int(t.values[1])) for t in ordered)
 
 
-def _knobs(space: DimensionSpace, rules: Rules) -> list[str]:
-    """Multipliers are relative, so the first kind and the first depth have none."""
-    kinds = [k for k in rules.kinds if any(d.kind == k for d in space.dimensions.values())]
-    depths = min(_DEPTHS, len(space.blocks()))
-    return [f"kind.{kind}" for kind in kinds[1:]] + [f"depth.{depth}" for depth in range(1, depths)]
+def _knobs(space: DimensionSpace, rules: Rules) -> dict[str, tuple[float, float]]:
+    """What is searched, with its range. Multipliers are relative, so the first kind and the first depth have none."""
+    free = [d for d in space.dimensions.values() if d.name in rules.free(space)]
+    kinds = [k for k in KINDS[1:] + KINDS[:1] if any(d.kind == k and not d.ordered for d in free)]
+    names = [f"kind.{kind}" for kind in kinds[1:]]
+    names += [f"depth.{depth}" for depth in range(1, min(_DEPTHS, len(space.blocks())))]
+    width = {_WIDTH: _WIDTH_RANGE} if any(d.ordered for d in free) else {}
+    return width | dict.fromkeys(names, (-_LOG2_RANGE, _LOG2_RANGE))
+
+
+def _near(size: float, whole: int, rules: Rules) -> int:
+    """The size of a width that the rules allow nearest to one, of at most the whole."""
+    step = rules.round_to
+    return min(whole, max(round(size / step) * step, step, 2))
 
 
 def _multipliers(space: DimensionSpace, params: Mapping[str, float]) -> dict[str, float]:

@@ -55,7 +55,9 @@ def save(
             f"timm.create_model({name!r}, **{args}) does not rebuild this model: {difference}; pass the keyword "
             f"arguments that it was created with as args="
         )
-    config = {"format": _FORMAT, "model": name, "args": args}
+    config: dict[str, Any] = {"format": _FORMAT, "model": name, "args": args}
+    if rotated := getattr(model, "sidt_rotated", ()):
+        config["rotated"] = list(rotated)  # the widths whose units stand in order
     folder = Path(folder)
     with (
         replacing(folder / "config.json") as config_file,
@@ -80,6 +82,8 @@ def load(folder: str | Path) -> nn.Module:
     if not isinstance(config, dict) or config.get("format") != _FORMAT or not isinstance(config.get("args"), dict):
         raise InputError(f"{folder / 'config.json'} is not the config of a checkpoint (format {_FORMAT!r})")
     model = create_model(str(config.get("model")), config["args"])
+    if isinstance(rotated := config.get("rotated"), list):
+        model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
     plan = load_plan(folder / "plan.json", space_for(model))
     if plan.sizes != plan.space.sizes:
         model = slice_model(model, plan)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sidt.errors import InputError
+from sidt.importance.directions import along, directions_of
 from sidt.importance.scores import Importance, unit_sums
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
@@ -223,6 +224,7 @@ def _average(
 ) -> Importance:
     """Average per-group contributions over all samples, each group weighted by its size."""
     weights, samples = _weights(model, space), 0
+    directions = {width: directions_of(model, space, width) for width in space.rotated()}
     totals = unit_sums(space, {})
     frozen = [w for w in weights.values() if not w.requires_grad]
     try:
@@ -237,7 +239,11 @@ def _average(
                     )
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 seen = {n: g for n, g in zip(weights, grads, strict=True) if g is not None}
-                for name, score in contributions(weights, seen).items():
+                scores = contributions(weights, seen)
+                for width, matrix in directions.items():
+                    own, turned = (along(tensors, space, width, matrix) for tensors in (weights, seen))
+                    scores[width] = contributions(own, turned)[width]
+                for name, score in scores.items():
                     totals[name] += count * score
                 samples += count
     finally:

@@ -11,7 +11,7 @@ from sidt.allocation.study import Sampler
 from sidt.cost.budget import Budget
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
-from sidt.space.families import INNER_KINDS, Kind
+from sidt.space.families import Kind
 from sidt.training.data import DataConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
@@ -85,7 +85,7 @@ class SearchConfig(_Strict):
         jobs: trials at a time, in threads of one process; several processes may share a storage as well.
         storage: Optuna storage URL; None: SQLite in the run folder.
         pareto: accuracy against multiply-adds, at or below the budget.
-        kinds: the kinds of dimensions that are searched.
+        kinds: the kinds of dimensions that are searched; None: see :class:`sidt.allocation.Rules`.
         freeze: patterns of dimensions that stay whole.
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
@@ -100,7 +100,7 @@ class SearchConfig(_Strict):
     jobs: int = Field(default=1, ge=1)
     storage: str | None = None
     pareto: bool = False
-    kinds: tuple[Kind, ...] = INNER_KINDS
+    kinds: tuple[Kind, ...] | None = None
     freeze: tuple[str, ...] = ()
     min_units: int = Field(default=1, ge=0)
     round_to: int = Field(default=1, ge=1)

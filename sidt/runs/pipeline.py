@@ -86,6 +86,7 @@ def score(run: Run) -> str:
     if run.config.repair:
         model, moments = align(model, _measured(run, model))
         moments.save(run.folder / MOMENTS, _made_of(run, model))
+        space = moments.space
     if config.method == "gates":
         found = _gate_scores(run, model, space)
     else:

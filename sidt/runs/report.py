@@ -104,7 +104,7 @@ def _aligned(dense: ComplexityReport, sliced: ComplexityReport | None) -> dict[s
 
 
 def dimensions_table(space: DimensionSpace, shares: Mapping[str, float]) -> str:
-    """The dimensions of a space: kind, size, and the share of the parameters that the dimension is part of."""
+    """The dimensions of a space: kind, size, the share of the parameters of each; whether widths can be rotated."""
     rows = [
         [
             d.name,
@@ -115,7 +115,12 @@ def dimensions_table(space: DimensionSpace, shares: Mapping[str, float]) -> str:
         ]
         for d in space.dimensions.values()
     ]
-    return table(["dimension", "kind", "size", "of the params", "searchable"], rows)
+    text = table(["dimension", "kind", "size", "of the params", "searchable"], rows)
+    rotations = [
+        f"{width}: not rotated, since {stream}" if isinstance(stream, str) else f"{width}: can be rotated (sidt.align)"
+        for width, stream in space.streams.items()
+    ]
+    return "\n".join([text, "", *rotations]).rstrip()
 
 
 def plot_kept(plan: DimensionPlan, path: Path) -> None:

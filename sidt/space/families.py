@@ -41,7 +41,18 @@ class AxisRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A search-space file; ``forwards`` is the module that has its attention forwards."""
+    """A search-space file.
+
+    Attributes:
+        file: where it is.
+        models: the classes it is for.
+        rules: the axes by name.
+        parameters: the axes of the parameters.
+        attributes: the axes of the attributes that repeat sizes.
+        forwards: the module that has the attention forwards.
+        norms: templates of the norms on a width, each with those of the layers that read it; nothing else reads it.
+        scales: templates of the scales on a width, each with that of the one layer whose output it scales.
+    """
 
     file: Path
     models: tuple[str, ...]
@@ -49,6 +60,8 @@ class Family:
     parameters: tuple[Line, ...]
     attributes: tuple[Line, ...]
     forwards: str
+    norms: Mapping[str, tuple[str, ...]]
+    scales: Mapping[str, tuple[str, ...]]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -88,10 +101,11 @@ def read_family(file: Path) -> Family:
         raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
-    sections = {"models", "axes", "parameters"}
-    if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | {"attributes", "forwards"}:
+    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales"}
+    if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | more:
         raise InputError(
-            f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards)"
+            f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards, "
+            f"norms, scales)"
         )
     shapes = {"models": list, "forwards": str}
     kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
@@ -102,7 +116,21 @@ def read_family(file: Path) -> Family:
     rules = dict(_axis_rule(str(name), str(text), file) for name, text in tree["axes"].items())
     attributes = _lines(tree.get("attributes", {}))
     forwards = tree.get("forwards", "sidt.surgery.attention")
-    return Family(file, tuple(tree["models"]), rules, _lines(tree["parameters"]), attributes, forwards)
+    norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
+    parameters = _lines(tree["parameters"])
+    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales)
+
+
+def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {key: tuple(name.strip() for name in text.split(",")) for key, text in _flatten(tree)}
+
+
+def instances(templates: Mapping[str, tuple[str, ...]], name: str) -> tuple[str, ...] | None:
+    """What the template that a name matches leads to, with the name's indices; ``None`` if it matches none."""
+    for template, followers in templates.items():
+        if match := _compile(template).fullmatch(name):
+            return tuple(follower.format(**match.groupdict()) for follower in followers)
+    return None
 
 
 @lru_cache

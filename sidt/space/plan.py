@@ -46,6 +46,10 @@ class DimensionPlan:
             rows = (len(keep[dimension.per]),) if dimension.per is not None else ()
             whole = np.broadcast_to(np.arange(dimension.size), (*rows, dimension.size))
             keep[name] = _checked(dimension, np.asarray(self.keep.get(name, whole)), rows)
+            if dimension.ordered and not np.array_equal(keep[name], np.arange(len(keep[name]))):
+                raise InputError(
+                    f"the plan keeps other units of {name} than its first; it is rotated, so that they are in order"
+                )
             if dimension.fixed and rows != (0,) and keep[name].shape != whole.shape:
                 raise InputError(f"the plan prunes {name}, but it must stay whole: statistics are taken over it")
         object.__setattr__(self, "keep", keep)

@@ -6,8 +6,8 @@ line, and every dimension must have one size.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import Axis, Factor, ParsedLine
 from sidt.space.families import Family, Kind, Line, family_of, match_line, read_family
+from sidt.space.streams import Stream, stream_of
 from sidt.space.trace import InputSize, Trace, trace
 
 VANISHING: tuple[Kind, ...] = ("heads", "mlp")  # kinds that may have no unit: their sublayer is then its output bias
@@ -33,6 +34,7 @@ class Dimension:
         per: the parent whose units each choose their own, the same number in each (q/k and v sizes per head).
         index: where it stands: the block, or stage and block; empty for one that all share.
         fixed: whether it must stay whole.
+        ordered: whether its units stand in order, as after a rotation: a plan keeps the first ones.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Dimension:
     per: str | None
     index: tuple[int, ...]
     fixed: bool
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class DimensionSpace:
         attention: for each ``heads`` dimension, the module that it lives in.
         forwards: name of the module that has the attention forwards for sliced sizes.
         trace: what one image costs.
+        streams: for each width, how it can be rotated, or why it cannot.
         counted: the start of the names of the places whose costs count; empty: all.
     """
 
@@ -76,6 +80,7 @@ class DimensionSpace:
     attention: Mapping[str, str]
     forwards: str
     trace: Trace
+    streams: Mapping[str, Stream | str]
     counted: str = ""
 
     @property
@@ -87,6 +92,15 @@ class DimensionSpace:
     def per(self) -> dict[str, str]:
         """The parent of each dimension that has one."""
         return {name: d.per for name, d in self.dimensions.items() if d.per is not None}
+
+    def rotated(self) -> list[str]:
+        """The widths whose units stand in order."""
+        return [d.name for d in self.dimensions.values() if d.ordered]
+
+    def ordered(self, widths: Collection[str]) -> "DimensionSpace":
+        """The space of the same model with some of its widths rotated, so that their units stand in order."""
+        changed = {n: replace(d, ordered=True) for n, d in self.dimensions.items() if n in widths}
+        return replace(self, dimensions={**self.dimensions, **changed})
 
     def blocks(self) -> list[tuple[int, ...]]:
         """The indices of the blocks, in order of depth."""
@@ -269,9 +283,10 @@ def space_for(
                     f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
                 )
             places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
-    dimensions = _dimensions(binder, places, sizes)
+    dimensions = _dimensions(binder, places, sizes, getattr(model, "sidt_rotated", ()))
     _check_heads(dimensions, family.file)
     attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}
+    cost, axes_of = trace(model, input_size), {name: place.axes for name, place in places.items()}
     return DimensionSpace(
         type(model).__name__,
         family.file.stem,
@@ -280,7 +295,8 @@ def space_for(
         attributes,
         attention,
         family.forwards,
-        trace(model, input_size),
+        cost,
+        {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"},
     )
 
 
@@ -289,13 +305,15 @@ def _seen(alternatives: list[tuple[Axis, ...]], sizes: Mapping[str, int]) -> str
     return ", ".join(f"{name}={sizes.get(name, 'unknown')}" for name in used) or "no dimensions"
 
 
-def _dimensions(binder: _Binder, places: Mapping[str, Place], sizes: Mapping[str, int]) -> dict[str, Dimension]:
+def _dimensions(
+    binder: _Binder, places: Mapping[str, Place], sizes: Mapping[str, int], rotated: Collection[str]
+) -> dict[str, Dimension]:
     used = {n for place in places.values() for axis in place.axes for n in axes.names(axis)}
     order = {name: position for position, name in enumerate(binder.family.rules)}
     dimensions = {}
     for name in sorted(used, key=lambda n: (binder.dimensions[n][2], order[n.split(".")[0]])):
         kind, per, index = binder.dimensions[name]
-        dimensions[name] = Dimension(name, kind, sizes[name], per, index, name in binder.fixed)
+        dimensions[name] = Dimension(name, kind, sizes[name], per, index, name in binder.fixed, name in rotated)
     for parameter, place in places.items():
         for term in (term for axis in place.axes for term in axis):
             for name in (s for s in term if isinstance(s, str)):

@@ -1,4 +1,6 @@
-"""Alignment: another basis for q/k and v, in which few units carry nearly everything. The model computes the same.
+"""Alignment: another basis for q/k, v and the width, in which few units carry nearly everything.
+
+The model computes the same. The width is rotated where it can be (:mod:`sidt.surgery.rotation`).
 
 Logits are products of q and k, and the output projection is a product with v, so any invertible matrix may be put
 between the two. Per head:
@@ -13,15 +15,17 @@ those of any model; the plan of an aligned model belongs to its weights, not to 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sidt.space.axes import term_size
+from sidt.space.axes import Axis, term_size
 from sidt.space.space import DimensionSpace
 from sidt.surgery.moments import Moments
+from sidt.surgery.narrowing import given_by
+from sidt.surgery.rotation import basis, fold_norms, rotatable, rotate, turned
 from sidt.surgery.slicing import is_bilinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,10 +34,11 @@ _JITTER = 1e-7  # of the largest moment: directions that no image uses stay fini
 
 
 def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
-    """A copy of a model, equal in what it computes, with the units of q/k and v ordered by what they carry.
+    """A copy of a model, equal in what it computes, with the units of q/k, v and the width ordered by what they carry.
 
-    Left as they are: q/k that meet in another way than by their product (qk-norm, the cosine attention of Swin V2),
-    and v that something else reads as well (output gates, norms inside the attention).
+    Left as they are: widths that cannot be rotated (``sidt spaces MODEL`` says why), q/k that meet in another way than
+    by their product (qk-norm, the cosine attention of Swin V2), and v that something else reads as well (output gates,
+    norms inside the attention).
 
     Args:
         model: the dense model.
@@ -42,8 +47,9 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
     Returns:
         The aligned model, and the moments of its layers' inputs.
     """
-    space = moments.space
     aligned = copy.deepcopy(model)
+    moments = _rotate(aligned, moments)
+    space = moments.space
     changed: dict[tuple[str, int], Tensor] = {}
     with torch.no_grad():
         for heads, owner in space.attention.items():
@@ -53,6 +59,37 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
             if v is not None:
                 changed |= _align_v(aligned, v, moments)
     return aligned, moments.replaced(changed)
+
+
+def _rotate(model: nn.Module, moments: Moments) -> Moments:
+    """Rotate every width that can be, in place; returns the moments of what is read then."""
+    space = moments.space
+    widths = rotatable(space)
+    if not widths:
+        return moments
+    fold_norms(model, space)
+    for width, stream in widths.items():
+        inputs = {norm: given_by(model, norm, moments.read_by(readers[0])) for norm, readers in stream.norms.items()}
+        matrix = basis(model, space, width, inputs)
+        rotate(model, space, width, matrix)
+        behind = {weight for readers in stream.norms.values() for weight in readers}
+        turn = {
+            (name, row): _turned(moment, space.places[name].axes[1], width, space, matrix)
+            for (name, row), moment in moments.inputs.items()
+            if name in behind
+        }
+        moments = moments.replaced(turn)
+    model.sidt_rotated = tuple(widths)  # type: ignore[assignment]
+    return replace(moments, space=space.ordered(widths))
+
+
+def _turned(moment: Tensor, axis: Axis, width: str, space: DimensionSpace, matrix: Tensor) -> Tensor:
+    """Second moments, the constant 1 last, of inputs whose units are multiplied by a matrix."""
+    result = moment.clone()
+    for dim in (0, 1):
+        units = result.narrow(dim, 0, len(moment) - 1)
+        units.copy_(turned(units, dim, axis, width, space.sizes, matrix))
+    return result
 
 
 @dataclass(frozen=True)

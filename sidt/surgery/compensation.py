@@ -24,6 +24,7 @@ from sidt.space.axes import kept_indices, names
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
 from sidt.surgery.moments import Forward, Moments, Rows, run_images, watching
+from sidt.surgery.narrowing import narrowed
 from sidt.surgery.slicing import explicit, slice_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,10 +33,10 @@ _RIDGE = 1e-4  # of the mean variance of the kept inputs
 
 
 def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
-    """Slice a model by a plan and repair the layers that read heads, v and mlp (proj, fc2).
+    """Slice a model by a plan and repair the layers that lost inputs: heads, v, mlp, and the width if it is rotated.
 
     A few hundred images are enough for the moments; the repair itself takes milliseconds a layer. Layers that lost
-    width are sliced plainly; see :func:`refit_width`.
+    units of a width that is not rotated are sliced plainly; see :func:`refit_width`.
 
     Args:
         model: the dense model.
@@ -63,6 +64,16 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
                 columns = torch.cat([columns, torch.tensor([dense.shape[1]])])
             weight = weight[rows]
             _write(sliced, name, refit(weight[:, columns], weight @ moment[:, columns], moment[columns][:, columns]))
+        for name, (columns, factor, matrix) in narrowed(model, plan, moments).items():
+            rows = torch.from_numpy(kept_indices(space.places[name].axes[0], space.sizes, plan.keep, space.per))
+            weight, bias = _with_bias(model, name)
+            near = weight[:, columns] / factor
+            if bias is None:
+                weight, matrix = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1), matrix[:-1]
+            else:
+                near = torch.cat([near, weight[:, -1:]], 1)
+            cross, seen = weight @ moments.read_by(name) @ matrix.T, matrix @ moments.read_by(name) @ matrix.T
+            _write(sliced, name, refit(near[rows], cross[rows], seen))
     return sliced
 
 
@@ -112,7 +123,8 @@ def refit_width(
 
 def _lost_width(plan: DimensionPlan) -> list[str]:
     space, sizes = plan.space, plan.sizes
-    lost = {d.name for d in space.dimensions.values() if d.kind == "width" and sizes[d.name] < d.size}
+    widths = [d for d in space.dimensions.values() if d.kind == "width" and not d.ordered]
+    lost = {d.name for d in widths if sizes[d.name] < d.size}
     return [
         name
         for name, place in space.places.items()

@@ -21,6 +21,7 @@ from sidt.errors import InputError
 from sidt.files import replacing
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.rotation import fold_norms, rotatable
 from sidt.surgery.slicing import explicit
 
 Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
@@ -114,7 +115,9 @@ def measure_moments(
     space: DimensionSpace | None = None,
 ) -> Moments:
     """Second moments for :func:`sidt.align` and :func:`sidt.compensate`: the inputs of the layers that read heads, v
-    or mlp, and of those that write q and k.
+    or mlp, of those that write q and k, and of those that read a width that can be rotated.
+
+    Of what a norm on such a width gives, scale and shift are left out: :func:`sidt.align` folds them into its readers.
 
     Memory is one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there are.
 
@@ -129,9 +132,12 @@ def measure_moments(
     """
     space = space or space_for(model)
     wanted = {name for name, place in space.places.items() if not place.is_buffer and _is_wanted(space, place.axes)}
+    for stream in rotatable(space).values():
+        wanted.update(*stream.norms.values())
     totals: dict[Rows, Tensor] = {}
     counts: dict[Rows, int] = {}
     twin, seen = explicit(model, space), 0
+    fold_norms(twin, space)
 
     def add(rows: Rows, x: Tensor, weight: Tensor) -> None:
         x = _with_one(x)

@@ -102,7 +102,7 @@ def test_the_block_that_scores_nothing_goes_first():
 
 def bookkeeping(backbone, seed, **rules):
     costs = PlanCosts(dense(backbone)[1])
-    return _Allocation(random_scores(backbone, seed), costs, Rules(KINDS, **rules), {})
+    return _Allocation(random_scores(backbone, seed), costs, Rules(KINDS, **rules), {}, {})
 
 
 @pytest.mark.parametrize("backbone", FAMILIES, ids=str)

@@ -1,0 +1,67 @@
+"""Widths that can be rotated: who writes a residual stream, and who reads it through which norm.
+
+An orthogonal matrix between all that write a stream and all that read it changes nothing, if every reader stands behind
+a norm that does not see the matrix, with linear layers alone after it. What the axis table cannot tell, namely which
+layers read a norm, the file of the family says in its sections ``norms`` and ``scales``.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sidt.space.axes import Axis, names
+from sidt.space.families import Family, instances
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the units of a width that can be rotated live.
+
+    Attributes:
+        norms: for each norm on it, the weights that read what the norm gives.
+        scales: for each scale on it, the weight that writes what is scaled.
+        places: all other tensors, each with the positions of its axes that have the units.
+    """
+
+    norms: Mapping[str, tuple[str, ...]]
+    scales: Mapping[str, str]
+    places: Mapping[str, tuple[int, ...]]
+
+
+def stream_of(
+    width: str, tensors: Mapping[str, tuple[Axis, ...]], layers: Iterable[str], family: Family
+) -> Stream | str:
+    """How a width can be rotated, or in a few words why it cannot.
+
+    Args:
+        width: the dimension.
+        tensors: the axes of the model's tensors by name.
+        layers: the tensors that are weights of linear layers or convolutions.
+        family: says which layers follow a norm or a scale.
+    """
+    own = {n: t for n, t in tensors.items() if any(width in names(axis) for axis in t)}
+    norms: dict[str, tuple[str, ...]] = {}
+    scales: dict[str, str] = {}
+    for name in own:
+        owner = name.rpartition(".")[0]
+        if (readers := instances(family.norms, owner)) is not None:
+            norms[owner] = tuple(w for r in readers if (w := f"{r}.weight") in own)
+            if not norms[owner]:
+                return f"what {owner} gives goes out of the model"
+        elif (writers := instances(family.scales, name)) is not None:
+            scales[name] = f"{writers[0]}.weight"
+    behind = {weight for readers in norms.values() for weight in readers}
+    places: dict[str, tuple[int, ...]] = {}
+    for name, axes in own.items():
+        owner = name.rpartition(".")[0]
+        if owner in norms or name in scales:
+            continue
+        at = tuple(d for d, axis in enumerate(axes) if width in names(axis))
+        if any(len(axes[d]) != 1 for d in at):
+            return f"{name} has it beside other units"
+        if 1 in at and name in layers and name not in behind:
+            return f"{name} reads it, but not through a norm that only linear layers read"
+        is_bias = len(axes) == 1 and f"{owner}.weight" in own and f"{owner}.weight" in layers
+        if not (name in layers or is_bias or len(axes) > 2):
+            return f"{owner} changes the stream itself"
+        places[name] = at
+    return Stream(norms, scales, places)

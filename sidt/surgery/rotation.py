@@ -1,0 +1,162 @@
+"""Rotation of the residual stream: a basis in which the first units of a width carry nearly everything.
+
+A LayerNorm commutes with every orthogonal matrix that leaves the vector of ones where it is, and an RMSNorm with every
+one (SliceGPT's identity). So once the norms' scales and shifts are folded into the layers that read them, all that
+write a stream may be multiplied by such a matrix, and all that read it by its transpose: the model computes the same,
+in the same modules.
+
+The directions, most important first, are eigenvectors of the mean, over the norms that read the stream, of the second
+moments of what they give without scale and shift: every token counts alike. Behind an RMSNorm the units are these
+directions. Behind a LayerNorm they are the rows of Helmert's matrix: of the first k units, whatever the directions
+from the k-th on add is the same in all, which the norm of the sliced model takes away. So **the first k units are
+exactly the first k - 1 directions**, cut by an index like any other unit, and one unit is the price of the mean.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sidt.space.axes import Axis, term_size
+from sidt.space.space import DimensionSpace
+from sidt.space.streams import Stream
+
+
+def rotatable(space: DimensionSpace) -> dict[str, Stream]:
+    """The widths of a space that can be rotated."""
+    return {name: stream for name, stream in space.streams.items() if isinstance(stream, Stream)}
+
+
+def takes_mean(norm: nn.Module, size: int) -> bool:
+    """Whether a norm over ``size`` units takes their mean away, as a LayerNorm does and an RMSNorm does not.
+
+    It is asked rather than told by its class: libraries have several of each.
+    """
+    reference = next(norm.parameters(), torch.ones(()))
+    scale, shift = _affine(norm)
+    ones = reference.new_ones(1, size)
+    given = norm(ones) - (0 if shift is None else shift)
+    return bool((given - (0 if scale is None else scale)).abs().max() > given.abs().max())
+
+
+def fold_norms(model: nn.Module, space: DimensionSpace) -> None:
+    """Move scales and shifts of the norms on rotatable widths into the layers that read them, in place.
+
+    A shift that a layer without bias reads stays in the norm, divided by the scale. What a LayerScale does moves into
+    the layer before it.
+    """
+    with torch.no_grad():
+        for stream in rotatable(space).values():
+            for scale, writer in stream.scales.items():
+                gamma = model.get_parameter(scale)
+                weight, bias = model.get_parameter(writer), _bias(model, writer)
+                weight.mul_(gamma.view(-1, *[1] * (weight.ndim - 1)))
+                if bias is not None:
+                    bias.mul_(gamma)
+                gamma.fill_(1)
+            for norm, readers in stream.norms.items():
+                _fold(model, norm, readers)
+
+
+def _fold(model: nn.Module, name: str, readers: tuple[str, ...]) -> None:
+    scale, shift = _affine(model.get_submodule(name))
+    if scale is None:
+        return
+    biases = [_bias(model, reader) for reader in readers]
+    for reader, bias in zip(readers, biases, strict=True):
+        weight = model.get_parameter(reader)
+        if shift is not None and None not in biases:
+            assert bias is not None
+            bias += (weight.double() @ shift.double()).to(bias)
+        weight.mul_(scale)
+    if shift is not None:
+        # A unit that the norm scales to nothing is shifted for no reader: its column is zero by now.
+        small = scale.abs() <= torch.finfo(scale.dtype).eps * scale.abs().max()
+        shift.copy_(torch.zeros_like(shift) if None not in biases else torch.where(small, 0.0, shift / scale))
+    scale.fill_(1)
+
+
+def basis(model: nn.Module, space: DimensionSpace, width: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The orthogonal matrix [C, C] whose rows are the new units of a width.
+
+    Args:
+        model: with its norms folded.
+        space: its space.
+        width: one that can be rotated.
+        inputs: for each norm on it, the second moments [units, units] of what it gives.
+    """
+    stream, size = rotatable(space)[width], space.sizes[width]
+    mean = torch.zeros(size, size, dtype=torch.float64)
+    for norm, moment in inputs.items():
+        axis = space.places[stream.norms[norm][0]].axes[1]
+        mean += _blocks(moment, axis, width, space.sizes) / len(inputs)
+    centred = any(takes_mean(model.get_submodule(norm), _norm_size(space, stream, norm)) for norm in stream.norms)
+    if not centred:
+        return _sorted(mean).T.contiguous()
+    helmert, ones = helmert_rows(size), torch.full((size,), size**-0.5, dtype=torch.float64)
+    directions = helmert @ _sorted(helmert.T @ mean @ helmert)  # orthogonal to the ones
+    return helmert @ directions.T + torch.outer(ones, ones)
+
+
+def helmert_rows(size: int) -> Tensor:
+    """Helmert's orthonormal basis of the vectors without a mean, [size, size - 1]: column j has j + 2 entries."""
+    below = torch.arange(1, size, dtype=torch.float64)
+    whole = torch.ones(size, size - 1, dtype=torch.float64).triu()
+    whole[torch.arange(1, size), torch.arange(size - 1)] = -below
+    return whole / (below * (below + 1)).sqrt()
+
+
+def rotate(model: nn.Module, space: DimensionSpace, width: str, matrix: Tensor) -> None:
+    """Multiply everything that writes or reads a width by an orthogonal matrix [C, C], in place; norms are folded."""
+    stream = rotatable(space)[width]
+    with torch.no_grad():
+        for name, at in stream.places.items():
+            tensor = model.get_parameter(name)
+            for dim in at:
+                tensor.copy_(turned(tensor, dim, space.places[name].axes[dim], width, space.sizes, matrix))
+        for norm in stream.norms:
+            shift = _affine(model.get_submodule(norm))[1]
+            if shift is not None:
+                axis = space.places[f"{norm}.bias"].axes[0]
+                shift.copy_(turned(shift, 0, axis, width, space.sizes, matrix))
+
+
+def turned(tensor: Tensor, dim: int, axis: Axis, width: str, sizes: Mapping[str, int], matrix: Tensor) -> Tensor:
+    """A tensor in float64 whose units of a width along one of its axes are multiplied by a matrix [new, C]."""
+    (term,) = axis
+    position = term.index(width)
+    inner = term_size(term[position + 1 :], sizes)
+    split = tensor.double().movedim(dim, -1)
+    before, shape = split.shape[:-1], (-1, sizes[width], inner)
+    result = torch.einsum("kc,...aci->...aki", matrix.to(split.device), split.reshape(*before, *shape))
+    moved: Tensor = result.reshape(*before, -1).movedim(-1, dim)
+    return moved
+
+
+def _blocks(moment: Tensor, axis: Axis, width: str, sizes: Mapping[str, int]) -> Tensor:
+    """The mean of the blocks of a width on the diagonal of second moments, as of ``4 embed``: [C, C]."""
+    (term,) = axis
+    position = term.index(width)
+    outer, inner = (term_size(part, sizes) for part in (term[:position], term[position + 1 :]))
+    split = moment.reshape(outer, sizes[width], inner, outer, sizes[width], inner)
+    return torch.einsum("acibdj,ab,ij->cd", split, *(torch.eye(n, dtype=moment.dtype) for n in (outer, inner)))
+
+
+def _sorted(moment: Tensor) -> Tensor:
+    """Eigenvectors as columns, that of the largest value first."""
+    vectors: Tensor = torch.linalg.eigh(moment)[1]
+    return vectors.flip(1)
+
+
+def _norm_size(space: DimensionSpace, stream: Stream, norm: str) -> int:
+    (term,) = space.places[stream.norms[norm][0]].axes[1]
+    return term_size(term, space.sizes)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+
+def _bias(model: nn.Module, weight: str) -> Tensor | None:
+    owner, _, _ = weight.rpartition(".")
+    return getattr(model.get_submodule(owner), "bias", None)

@@ -1,0 +1,182 @@
+"""The rotated width: the same function, units in order, a cut by an index that is a cut of directions."""
+
+import numpy as np
+import pytest
+import torch
+from backbones import BACKBONES, TIMM_BACKBONES, Backbone, random_plan, shake
+from torch.testing import assert_close
+
+import sidt
+from sidt.importance.directions import directions_of
+from sidt.space.families import INNER_KINDS
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import space_for
+from sidt.surgery.rotation import helmert_rows, rotatable, takes_mean
+from sidt.surgery.slicing import slice_model
+
+RMS = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "norm_layer": "rmsnorm"}, label="rmsnorm")
+SCALED = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "init_values": 0.5}, label="scaled")
+ALL = (*BACKBONES, RMS, SCALED)
+# timm's ViT without a norm or an embedding that changes the stream itself.
+WHOLE = ("vit_tiny", "deit", "dinov2", "beit3")
+
+
+def rotated(backbone, images=4):
+    """A shaken model in float64, its images, and it aligned with its moments."""
+    model = shake(backbone.build()).double()
+    batch = backbone.images(images).double()
+    space = space_for(model, backbone.input_size)
+    return model, batch, *sidt.align(model, sidt.measure_moments(model, [(batch, None)], space=space))
+
+
+@torch.no_grad()
+def outputs(model, batch):
+    out = model(batch)
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+@pytest.mark.parametrize("backbone", ALL, ids=str)
+def test_the_aligned_model_computes_the_same(backbone):
+    model, batch, aligned, moments = rotated(backbone)
+    for seen, expected in zip(outputs(aligned, batch), outputs(model, batch), strict=True):
+        assert float((seen - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+    for seen, expected in zip(outputs(aligned.float(), batch.float()), outputs(model, batch), strict=True):
+        assert float((seen - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    for name, parameter in model.named_parameters():
+        assert aligned.get_parameter(name).shape == parameter.shape
+    assert (
+        moments.space.rotated() == space_for(aligned, backbone.input_size).rotated() == list(rotatable(moments.space))
+    )
+
+
+@pytest.mark.parametrize("backbone", ALL, ids=str)
+def test_which_widths_can_be_rotated(backbone):
+    space = space_for(backbone.build(), backbone.input_size)
+    widths = {d.name for d in space.dimensions.values() if d.kind == "width"}
+    assert set(space.streams) == widths
+    if backbone.source == "timm" and backbone.name.startswith("swin_"):
+        assert set(rotatable(space)) == widths - {"embed.0"} and "patch_embed.norm" in space.streams["embed.0"]
+    else:
+        whole = any(word in backbone.name for word in WHOLE) and "avg" not in str(backbone)
+        assert set(rotatable(space)) == (widths if whole else set())
+        assert whole or all(isinstance(reason, str) and reason for reason in space.streams.values())
+
+
+def test_features_that_go_out_keep_their_basis():
+    model = Backbone("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}).create(depth=1, img_size=32, num_classes=0)
+    assert space_for(model).streams["embed"] == "what norm gives goes out of the model"
+    images = torch.randn(2, 3, 32, 32)
+    aligned, _ = sidt.align(model.eval(), sidt.measure_moments(model, [(images, None)]))
+    assert_close(outputs(aligned, images)[0], outputs(model, images)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_helmert():
+    rows = helmert_rows(7)
+    assert_close(rows.T @ rows, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-15)
+    assert_close(rows.sum(0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-15)
+    for kept in range(2, 7):  # of the first units, the later directions are the same in all
+        assert_close(rows[:kept, kept - 1 :], rows[:1, kept - 1 :].expand(kept, -1), rtol=0, atol=0)
+
+
+def test_norms_are_asked_whether_they_take_the_mean():
+    assert takes_mean(torch.nn.LayerNorm(6), 6) and not takes_mean(torch.nn.RMSNorm(6), 6)
+    shifted = torch.nn.LayerNorm(6)
+    torch.nn.init.normal_(shifted.bias)
+    assert takes_mean(shifted, 6)
+
+
+@pytest.mark.parametrize("backbone", [TIMM_BACKBONES[0], RMS], ids=str)
+def test_a_cut_of_units_is_a_cut_of_directions(backbone):
+    """The definition: the norm's input, projected on the first directions, normalised over the units that are left."""
+    _, batch, aligned, moments = rotated(backbone)
+    space, kept = moments.space, 70
+    sliced = slice_model(aligned, DimensionPlan(space, {"embed": np.arange(kept)}))
+    basis = directions_of(aligned, space, "embed")
+    seen = []
+    for model in (aligned, sliced):
+        model.blocks[0].norm1.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+        outputs(model, batch)
+    (stream, _), (_, out) = seen
+    directions = stream if basis is None else (stream @ basis.T)[..., 1:]
+    left = directions[..., : kept if basis is None else kept - 1]
+    expected = left / left.square().sum(-1, keepdim=True).sqrt() * kept**0.5
+    if basis is not None:
+        expected = expected @ helmert_rows(kept).T
+    assert_close(out, expected, rtol=1e-4, atol=1e-4)  # up to the norm's eps
+
+
+@pytest.mark.parametrize("backbone", ALL, ids=str)
+def test_the_repair_is_closer_than_the_slice(backbone):
+    _, batch, aligned, moments = rotated(backbone, 8)
+    space = moments.space
+    for width in rotatable(space):
+        plan = DimensionPlan(space, {width: np.arange(int(0.6 * space.sizes[width]))})
+        sliced, repaired = slice_model(aligned, plan), sidt.compensate(aligned, plan, moments)
+        dense = outputs(aligned, batch)[0]
+        errors = [float((outputs(m, batch)[0] - dense).norm()) for m in (sliced, repaired)]
+        assert errors[1] < 0.5 * errors[0]
+        same = sidt.compensate(aligned, DimensionPlan(space, {}), moments)
+        for name, tensor in aligned.state_dict().items():
+            assert torch.equal(same.state_dict()[name], tensor)
+
+
+def test_plans_of_a_rotated_width_keep_its_first_units(refused):
+    _, _, _, moments = rotated(TIMM_BACKBONES[0])
+    with refused("embed", "first"):
+        DimensionPlan(moments.space, {"embed": np.arange(1, 60)})
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "random", "activation"])
+def test_the_width_is_searched_by_default_where_it_is_rotated(criterion):
+    model, batch, aligned, moments = rotated(SCALED)
+    targets = torch.arange(len(batch))
+    arguments = () if criterion == "random" else ([(batch, targets)],)
+    scores = getattr(sidt.importance, criterion)(aligned, *arguments, space=moments.space)
+    plan = sidt.allocate(scores, sidt.Budget(params=0.3))
+    assert 2 <= plan.sizes["embed"] < plan.space.sizes["embed"]
+    inner = sidt.allocate(scores, sidt.Budget(params=0.5), kinds=INNER_KINDS)
+    assert inner.sizes["embed"] == inner.space.sizes["embed"]
+    given = sidt.allocate(scores, sidt.Budget(params=0.3), sizes={"embed": 120})
+    assert given.sizes["embed"] == 120
+    plain = getattr(sidt.importance, criterion)(model, *arguments)
+    assert sidt.allocate(plain, sidt.Budget(params=0.5)).sizes["embed"] == 192
+
+
+def test_directions_are_scored_by_what_they_carry():
+    """Taylor's score of a direction: of all that writes and reads it, and of nothing of the mean."""
+    _, batch, aligned, moments = rotated(TIMM_BACKBONES[0])
+    targets = torch.arange(len(batch))
+    scores = sidt.importance.taylor(aligned, [(batch, targets)], space=moments.space).scores["embed"]
+    basis = directions_of(aligned, moments.space, "embed")
+    aligned.zero_grad()
+    torch.nn.functional.cross_entropy(aligned(batch), targets).backward()
+    sums = torch.zeros(192, dtype=torch.float64)
+    for name, at in rotatable(moments.space)["embed"].places.items():
+        parameter = aligned.get_parameter(name)
+        for dim in at:
+            weight, grad = (t.movedim(dim, -1) @ basis.T for t in (parameter.detach(), parameter.grad))
+            sums += (weight * grad).flatten(0, -2).sum(0) if weight.ndim > 1 else weight * grad
+    assert_close(torch.from_numpy(scores), sums.square(), rtol=1e-6, atol=1e-12)
+
+
+def test_a_rotated_model_is_saved_sliced_and_loaded(tmp_path):
+    backbone = SCALED
+    _, batch, aligned, moments = rotated(backbone)
+    aligned = aligned.float()
+    plan = DimensionPlan(moments.space, {**random_plan(moments.space, 0, INNER_KINDS).keep, "embed": np.arange(100)})
+    small = sidt.compensate(aligned, plan, moments)
+    args = {**backbone.kwargs, "num_classes": 10}
+    sidt.save(small, tmp_path, name=backbone.name, args=args)
+    back = sidt.load(tmp_path)
+    assert torch.equal(outputs(back, batch.float())[0], outputs(small, batch.float())[0])
+    assert space_for(back).rotated() == ["embed"]
+    again, _ = sidt.align(back, sidt.measure_moments(back, [(batch.float(), None)]))
+    assert_close(outputs(again, batch.float())[0], outputs(back, batch.float())[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_was_trained_is_aligned_again(refused):
+    _, _, aligned, moments = rotated(TIMM_BACKBONES[0])
+    with torch.no_grad():
+        aligned.blocks[0].norm2.weight += 0.1
+    with refused("blocks.0.norm2", "align"):
+        sidt.compensate(aligned, DimensionPlan(moments.space, {"embed": np.arange(90)}), moments)
