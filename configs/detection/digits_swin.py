@@ -1,7 +1,7 @@
 # sidt detect demo
 # (or, on the images that it writes: sidt detect train configs/detection/digits_swin.py)
 # A small Swin of MMDetection, ATSS, scikit-learn's digits on textured canvases; for a CPU.
-# Result: AP 59.7 dense, 61.8 with 40 % fewer parameters in the backbone (seed 0); benchmarks/results/detection_swin.md.
+# Result: AP 59.2 dense, 61.8 with 40 % fewer parameters in the backbone (seed 0); benchmarks/results/detection_swin.md.
 _base_ = "mmdet::_base_/default_runtime.py"
 custom_imports = dict(imports=["sidt.detection.models"], allow_failed_imports=False)
 

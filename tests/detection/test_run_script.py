@@ -78,7 +78,6 @@ def test_exit_codes_are_the_scripts_own(tmp_path):
     assert run("leaving.py", cwd=tmp_path).returncode == 7
 
 
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="mmdet carries no tools")
 class TestMMDetectionsOwn:
     @pytest.mark.parametrize("given", ["test", "test.py", "tools/test.py", "tools/test"])
     def test_is_found_by_name(self, tmp_path, monkeypatch, given):
