@@ -1,8 +1,9 @@
 """The search: an Optuna study over what a ranking cannot know.
 
 Scores rank the units inside a dimension; how far scores of different kinds and depths can be compared is searched:
-one multiplier for each kind and for each quarter of the depth. The first trial has all multipliers at 1, which is
-the plain ranking, and every trial is projected onto the budget by :func:`sidt.allocate`.
+one multiplier for each kind and for each quarter of the depth. How much of a rotated width to keep against everything
+else is searched too, as a factor on what the ranking keeps. The first trial has all factors at 1, which is the plain
+ranking, and every trial is projected onto the budget by :func:`sidt.allocate`.
 
 An objective that gives its scores in parts costs less: after every part, Optuna's WilcoxonPruner stops a trial whose
 parts are worse than the best trial's beyond noise.

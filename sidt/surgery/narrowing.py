@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidt.errors import InputError
-from sidt.space.axes import kept_indices
+from sidt.space.axes import axis_size, kept_indices
 from sidt.space.plan import DimensionPlan
 from sidt.surgery.moments import Moments
 from sidt.surgery.rotation import rotatable, takes_mean
@@ -41,18 +41,19 @@ def narrowed(model: nn.Module, plan: DimensionPlan, moments: Moments) -> dict[st
                 raise InputError(f"{norm} scales its units; align the model again after it was trained")
             axis = space.places[readers[0]].axes[1]
             columns = torch.from_numpy(kept_indices(axis, space.sizes, plan.keep, space.per))
-            moment = moments.read_by(readers[0])
-            given, count = given_by(model, norm, moment), len(columns)
-            take = torch.zeros(count, len(given), dtype=torch.float64)
+            count, size = len(columns), axis_size(axis, space.sizes)
+            take = torch.zeros(count, size, dtype=torch.float64)
             take[torch.arange(count), columns] = 1
-            if takes_mean(model.get_submodule(norm), len(given)):
+            if takes_mean(model.get_submodule(norm), size):
                 take -= take.mean(0)
-            factor = (count / (take @ given @ take.T).trace().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-            matrix = torch.zeros(count + 1, len(given) + 1, dtype=torch.float64)
-            matrix[:-1, :-1], matrix[-1, -1] = factor * take, 1
-            shift = _shift(model, norm, len(given))
-            matrix[:-1, -1] = shift[columns] - factor * take @ shift
-            found |= dict.fromkeys(readers, (columns, factor, matrix))
+            shift = _shift(model, norm, size)
+            for reader in readers:  # they may read other tokens, as the two heads of a distilled model
+                length = (take @ given_by(model, norm, moments.read_by(reader)) @ take.T).trace()
+                factor = (count / length.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+                matrix = torch.zeros(count + 1, size + 1, dtype=torch.float64)
+                matrix[:-1, :-1], matrix[-1, -1] = factor * take, 1
+                matrix[:-1, -1] = shift[columns] - factor * take @ shift
+                found[reader] = (columns, factor, matrix)
     return found
 
 
