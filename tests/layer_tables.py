@@ -9,15 +9,23 @@ from torch import nn
 from sidt import importance
 from sidt.allocation.timing import timed_layers
 from sidt.cost.latency import LayerLatencies, LayerTable, grid_of
+from sidt.surgery.rotation import rotatable
 
 FAMILIES = (VIT_TINY, SWIN, PVT)
 WHERE = {"machine": "abacus", "device": "cpu", "threads": 1, "batch": 1}
 
 
+def rotated_space(backbone):
+    """The space of an aligned model; the clock does not care for its weights."""
+    space = dense(backbone)[1]
+    return space.ordered(rotatable(space))
+
+
 @cache
-def by_hand(backbone, seed=0) -> LayerLatencies:
+def by_hand(backbone, seed=0, rotated=False) -> LayerLatencies:
     """Tables without a clock: time grows with the sizes, unevenly, and every layer has a table of its own."""
     model, space = dense(backbone)
+    space = rotated_space(backbone) if rotated else space
     rng = np.random.default_rng(seed)
     tables = []
     for name, (_, dims) in timed_layers(model, space, nn.Module.__call__).items():
@@ -30,6 +38,6 @@ def by_hand(backbone, seed=0) -> LayerLatencies:
     return LayerLatencies(space, WHERE, dense_ms, tuple(tables))
 
 
-def random_scores(backbone, seed=0):
+def random_scores(backbone, seed=0, rotated=False):
     model, space = dense(backbone)
-    return importance.random(model, seed=seed, space=space)
+    return importance.random(model, seed=seed, space=rotated_space(backbone) if rotated else space)

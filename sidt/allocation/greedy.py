@@ -32,7 +32,7 @@ class Rules:
 
     Attributes:
         kinds: the kinds of dimensions that may shrink; None: heads, qk, v, mlp, and the widths that are rotated
-            (:func:`sidt.align`) if the budget has no latency.
+            (:func:`sidt.align`).
         freeze: dimensions that may not, as shell patterns: ``heads.0``, ``*.11``, ``hidden.*``.
         min_units: the least units of every dimension; with 0, heads and mlp may go to none and their sublayer with
             them, the others keep one.
@@ -107,25 +107,26 @@ def allocate(
 
     Raises:
         InputError: a pattern matches nothing, or the budget cannot be met; it names the smallest reachable value. Or
-            it has a latency, and there are no latencies, or the width is to shrink, which they do not cover.
+            it has a latency, and there are no latencies, or a width is to shrink that they do not cover.
     """
     rules = Rules(None if kinds is None else tuple(kinds), tuple(freeze), min_units, round_to)
     costs = PlanCosts(importance.space)
     if budget.latency is not None and latencies is not None:
-        rules = timed(rules)
-        assert rules.kinds is not None
-        if "width" in rules.kinds:
-            raise InputError(f"the latency of layers is known for the whole width alone; kinds is {list(rules.kinds)}")
-        rules = replace(rules, round_to=math.lcm(rules.round_to, STEP))
+        if unknown := sorted(rules.free(importance.space) - latencies.timed):
+            raise InputError(
+                f"the latency of layers is known for the whole {unknown[0]} alone; freeze it, or measure the layers of "
+                f"an aligned model (sidt.align), where it can be rotated"
+            )
+        rules = stepped(rules)
         costs = TimedPlanCosts(importance.space, latencies)
     state = _Allocation(importance, costs, rules, multipliers or {}, sizes or {})
     state.shrink(budget)
     return state.plan()
 
 
-def timed(rules: Rules) -> Rules:
-    """The rules for a budget with a latency: layers are timed at the whole width."""
-    return replace(rules, kinds=INNER_KINDS) if rules.kinds is None else rules
+def stepped(rules: Rules) -> Rules:
+    """The rules for a budget with a latency: a kernel takes as long for the sizes between two multiples of 8."""
+    return replace(rules, round_to=math.lcm(rules.round_to, STEP))
 
 
 def uniform(space: DimensionSpace, budget: Budget) -> DimensionPlan:

@@ -27,7 +27,7 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from sidt.allocation.greedy import Rules, allocate, timed
+from sidt.allocation.greedy import Rules, allocate
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -178,7 +178,6 @@ def search(
     if jobs < 1:
         raise InputError(f"jobs is {jobs}; it must be at least 1")
     rules = rules or Rules()
-    rules = timed(rules) if budget.latency is not None else rules
     space, costs = importance.space, PlanCosts(importance.space)
     ranges = _knobs(space, rules)
     widths = [name for name in space.rotated() if name in rules.free(space)]

@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sidt.cost.complexity import report
 from sidt.cost.latency import LayerLatencies, LayerTable, combinations, differences, grid_of, load_latencies
 from sidt.errors import InputError
 from sidt.importance.scores import Importance
+from sidt.space.axes import names as axis_names
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, owner_of
 from sidt.space.trace import Forward
@@ -32,6 +34,7 @@ from sidt.surgery.slicing import slice_model
 
 Float = npt.NDArray[np.float64]
 Say = Callable[[str], None]
+Layers = dict[str, tuple[str, tuple[str, ...]]]  # modules: what each is, and its dimensions
 
 ROUNDS = 5
 _FORWARDS = 2  # timed forwards of one plan in one round
@@ -81,10 +84,12 @@ def time_plans(
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> dict[str, tuple[str, tuple[str, ...]]]:
+def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> Layers:
     """For each module that dimensions live in, the smallest that is called: what it is and its dimensions.
 
-    Modules with equal dense sizes, class and shapes of inputs are the same.
+    Modules with equal dense sizes, class and shapes of inputs are the same. Of the widths, those that are rotated; they
+    come after the other dimensions of a module. What is in none of these modules, such as the additions of a residual
+    stream, does not follow the plan.
     """
     parameter = next(model.parameters())
     images = torch.zeros(1, *space.trace.input_size, device=parameter.device, dtype=parameter.dtype)
@@ -103,18 +108,29 @@ def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> d
         module.register_forward_pre_hook(look(name), with_kwargs=True)
     with torch.inference_mode():
         forward(whole, images)
-    owners: dict[str, list[str]] = {}
-    for dimension in space.dimensions.values():
-        if dimension.kind == "width":
-            continue
-        owner = space.attention.get(dimension.per or dimension.name) or owner_of(dimension.name, space.places)
+
+    def called(owner: str) -> str:
         while owner and owner not in seen:
             owner = owner.rpartition(".")[0]
-        owners.setdefault(owner, []).append(dimension.name)
+        return owner
+
+    owners: dict[str, list[str]] = {}
+    for dimension in space.dimensions.values():
+        if dimension.kind != "width":
+            owner = space.attention.get(dimension.per or dimension.name) or owner_of(dimension.name, space.places)
+            owners.setdefault(called(owner), []).append(dimension.name)
     for outer in owners:
         inner = next((name for name in owners if name != outer and name.startswith(f"{outer}." if outer else "")), None)
         if inner is not None:
             raise InputError(f"{space.model}: the time of {outer or 'the model'} includes that of {inner}")
+    for width in space.rotated():
+        for tensor, place in space.places.items():
+            if any(width in axis_names(axis) for axis in place.axes):
+                owner = called(tensor.rpartition(".")[0])
+                owner = next((o for o in owners if owner.startswith(f"{o}.")), owner)
+                if not any(o.startswith(f"{owner}." if owner else "") for o in owners if o != owner):
+                    own = owners.setdefault(owner, [])
+                    own += [width] * (width not in own)
     sizes = space.sizes
     return {o: (f"{seen[o]} {[sizes[n] for n in names]}", tuple(names)) for o, names in owners.items()}
 
@@ -138,7 +154,7 @@ def measure_layers(
     """Time the layers of a model at a grid of their sizes, on the model's device.
 
     The model is sliced to every point of the grid, all layers at once, so that a forward times them all; equal
-    layers share their measurements. The residual width stays whole.
+    layers share their measurements. A residual width that is not rotated (:func:`sidt.align`) stays whole.
 
     Args:
         model: the dense model; it is not changed.
@@ -156,18 +172,9 @@ def measure_layers(
     kinds: dict[str, list[str]] = {}
     for name, (what, _) in layers.items():
         kinds.setdefault(what, []).append(name)
-    grids, points = {}, {}
-    for what, names in kinds.items():
-        dims = [space.dimensions[n] for n in layers[names[0]][1]]
-        grids[what] = tuple(grid_of(d.kind, d.size, fixed=d.fixed) for d in dims)
-        points[what] = combinations(grids[what])
-    plans = []
-    for turn in range(max(map(len, points.values()))):
-        sizes: dict[str, int] = {}
-        for what, its in layers.values():
-            point = points[what][turn % len(points[what])]
-            sizes |= {n: grids[what][axis][i] for axis, (n, i) in enumerate(zip(its, point, strict=True))}
-        plans.append(first_units(space, sizes))
+    grids = {what: _grid(space, layers[names[0]][1]) for what, names in kinds.items()}
+    points = _points(space, layers, grids)
+    plans = [first_units(space, _sizes(layers, grids, point)) for point in points]
     names, begin = list(layers), time.perf_counter()
     time_plans(model, plans[:1], names, batch=batch, rounds=1, forward=forward, progress=False)
     seconds = (time.perf_counter() - begin) * rounds * len(plans)
@@ -176,13 +183,58 @@ def measure_layers(
     seen = time_plans(model, plans, names, batch=batch, rounds=rounds, forward=forward, progress=progress)
     tables = []
     for what, members in kinds.items():
-        columns = [1 + names.index(name) for name in members]
-        times = np.zeros([len(sizes) for sizes in grids[what]])
-        for i, point in enumerate(points[what]):
-            times[point] = np.quantile(seen[:, i :: len(points[what])][..., columns], _QUANTILE)
+        times = np.full([len(sizes) for sizes in grids[what]], np.nan)
+        for at in np.ndindex(times.shape):
+            same = [
+                seen[:, p, :, 1 + names.index(n)] for p, point in enumerate(points) for n in members if point[n] == at
+            ]
+            if same:
+                times[at] = np.quantile(same, _QUANTILE)
+        if np.isnan(times).any():
+            raise InputError(
+                f"{space.model}: the time of {members[0]} depends on more widths than can be timed together"
+            )
         tables.append(LayerTable({n: layers[n][1] for n in members}, grids[what], times.tolist()))
     dense = float(np.quantile(seen[:, 0, :, 0], _QUANTILE))
     return LayerLatencies(space, whereabouts(model, space, batch), dense, tuple(tables))
+
+
+def _grid(space: DimensionSpace, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    return tuple(grid_of(d.kind, d.size, fixed=d.fixed) for d in (space.dimensions[n] for n in names))
+
+
+def _points(
+    space: DimensionSpace, layers: Layers, grids: Mapping[str, tuple[tuple[int, ...], ...]]
+) -> list[dict[str, tuple[int, ...]]]:
+    """For each model that is timed, where every layer stands on its grid; the dense model first.
+
+    Widths are of several layers at once. Every second one goes its own way, so that a layer between two of them is
+    timed at all of their sizes; where the two are as narrow, the other dimensions go through all of theirs.
+    """
+    widths = space.rotated()
+    count = {w: len(_grid(space, [w])[0]) for w in widths}
+    inner = {n: [d for d in dims if d not in count] for n, (_, dims) in layers.items()}
+    turns = {n: combinations(grids[what][: len(inner[n])]) for n, (what, _) in layers.items()}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for even, odd in product(range(max(count.values(), default=1)), repeat=2):
+        at = {w: max(count[w] - 1 - (odd if i % 2 else even), 0) for i, w in enumerate(widths)}
+        for turn in range(max(map(len, turns.values())) if even == odd else 1):
+            point = {
+                n: (*turns[n][turn % len(turns[n])], *(at[d] for d in dims if d in at))
+                for n, (_, dims) in layers.items()
+            }
+            found.setdefault(str(point), point)
+    return list(found.values())
+
+
+def _sizes(
+    layers: Layers, grids: Mapping[str, tuple[tuple[int, ...], ...]], point: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    return {
+        d: sizes[i]
+        for n, (what, dims) in layers.items()
+        for d, sizes, i in zip(dims, grids[what], point[n], strict=True)
+    }
 
 
 # --- the budget, met on the clock ---------------------------------------------------------------------------------

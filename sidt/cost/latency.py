@@ -25,7 +25,7 @@ from sidt.space.space import VANISHING, DimensionSpace
 Float = npt.NDArray[np.float64]
 
 STEP = 8  # the sizes between two multiples of it take a kernel as long as the larger one
-_FORMAT = "sidt-latency-1"
+_FORMAT = "sidt-latency-2"
 _SLOPE = 0.01  # the least part of a layer's time that goes with its sizes: noise must leave no flat step
 
 
@@ -58,13 +58,12 @@ class LayerTable:
         return times
 
     def whole(self, space: DimensionSpace) -> npt.NDArray[np.int64]:
-        """Nanoseconds at every size from none to the dense one, along every axis."""
+        """Nanoseconds at every size from none to the dense one, along every axis; of all but heads, every eighth."""
         times = self.smooth()
         for axis, name in enumerate(next(iter(self.layers.values()))):
             dimension = space.dimensions[name]
-            sizes = np.arange(dimension.size + 1)
-            if dimension.kind != "heads":
-                sizes = np.minimum(-(-sizes // STEP) * STEP, dimension.size)
+            step = 1 if dimension.kind == "heads" else STEP
+            sizes = np.minimum(np.arange(-(-dimension.size // step) + 1) * step, dimension.size)
             grid = self.grid[axis]
             if dimension.kind in VANISHING and grid[0]:
                 times, grid = np.concatenate([np.zeros_like(times.take([0], axis)), times], axis), (0, *grid)
@@ -85,7 +84,7 @@ def _interpolated(times: Float, axis: int, grid: Sequence[int], sizes: Array) ->
 
 @dataclass(frozen=True)
 class LayerLatencies:
-    """The latency of every plan of a space, of the kinds heads, qk, v and mlp.
+    """The latency of every plan of a space, of the kinds heads, qk, v and mlp, and of widths that are rotated.
 
     Attributes:
         space: the space of the dense model.
@@ -111,13 +110,23 @@ class LayerLatencies:
             Whole nanoseconds, shape [...]; of the dense sizes exactly the measured time.
         """
         flat, offsets, strides, dense = self._lookup
-        saved = dense - flat[offsets + sizes.astype(np.int64) @ strides].sum(axis=-1)
+        saved = dense - flat[offsets + self._steps(sizes) @ strides].sum(axis=-1)
         left: Array = round(self.dense_ms * 1e6) - np.round(self.realised * saved).astype(np.int64)
         return left
 
     def milliseconds(self, sizes: Mapping[str, int]) -> float:
         """What a forward of a plan's model takes, from its sizes."""
         return float(self.nanoseconds(np.array([sizes[n] for n in self.space.dimensions])) / 1e6)
+
+    def _steps(self, sizes: Array) -> Array:
+        """The positions of sizes along the axes of the tables."""
+        steps = np.array([1 if d.kind == "heads" else STEP for d in self.space.dimensions.values()], dtype=np.int64)
+        return -(-sizes.astype(np.int64) // steps)
+
+    @property
+    def timed(self) -> set[str]:
+        """The dimensions whose sizes the tables know the time of."""
+        return {name for table in self.tables for names in table.layers.values() for name in names}
 
     @cached_property
     def _lookup(self) -> tuple[Array, Array, Array, int]:
@@ -137,7 +146,7 @@ class LayerLatencies:
             start += whole.size
         flat = np.concatenate(rows)
         dense = np.array(list(self.space.sizes.values()), dtype=np.int64)
-        return flat, offsets, strides, int(flat[offsets + dense @ strides].sum())
+        return flat, offsets, strides, int(flat[offsets + self._steps(dense) @ strides].sum())
 
     def coupled(self) -> npt.NDArray[np.bool_]:
         """Which dimensions change what a step of another saves, or of their own. Shape [dimensions] * 2."""
@@ -240,7 +249,7 @@ def grid_of(kind: str, size: int, *, fixed: bool = False) -> tuple[int, ...]:
     step = 1 if kind == "heads" else STEP
     if fixed or size <= step:
         return (size,)
-    wanted = np.linspace(0, size, 9 if kind == "mlp" else 3)
+    wanted = size * (np.array([0.25, 0.5, 1]) if kind == "width" else np.linspace(0, 1, 9 if kind == "mlp" else 3))
     found = {max(step, round(w / step) * step) for w in wanted[:-1]}
     return (*sorted(s for s in found if s < size), size)
 

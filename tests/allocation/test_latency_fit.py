@@ -122,10 +122,10 @@ def test_a_run_is_searched_within_a_latency(tmp_path, monkeypatch):
     sidt("train", config, "--out", folder)
     sidt("score", folder)
     first = sidt("search", folder, "--budget.latency", "0.7", "--trials", "2")
-    assert "sizes of 4 layers" in first and "by the layer table" in first
+    assert "sizes of 11 layers" in first and "by the layer table" in first
     assert len(list((folder / "latency").iterdir())) == 2
     again = sidt("search", folder, "--trials", "3")
-    assert "sizes of 4 layers" not in again and "after 3 trials" in again
+    assert "sizes of 11 layers" not in again and "after 3 trials" in again
     assert json.loads((folder / "search" / "search.json").read_text())["budget"] == "latency=0.7"
     shown = sidt("complexity", folder, "--latency")
     assert "blocks.1.attn" in shown and "time left" in shown and "device cpu" in shown

@@ -10,7 +10,7 @@ import torch
 from backbones import BACKBONES, SWIN, VIT_TINY, dense, random_plan
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_tables import FAMILIES, by_hand, random_scores
+from layer_tables import FAMILIES, by_hand, random_scores, rotated_space
 from torch import nn
 
 from sidt import Budget, allocate
@@ -124,6 +124,40 @@ def test_every_inner_dimension_is_in_one_layer(backbone):
     assert len(layers) == 2 * blocks  # attention and MLP apart
 
 
+@pytest.mark.parametrize("backbone", [VIT_TINY, SWIN], ids=str)
+def test_widths_that_are_rotated_are_timed_with_the_layers_that_have_them(backbone):
+    """Every layer with a rotated width, alone or beside another one, at every point of its grid."""
+    model, space = dense(backbone)[0], rotated_space(backbone)
+    layers = timed_layers(model, space, nn.Module.__call__)
+    for name, (_, dims) in timed_layers(*dense(backbone), nn.Module.__call__).items():
+        assert dims == tuple(d for d in layers[name][1] if not d.startswith("embed"))
+    known = {n.rpartition(".")[0] for n, p in space.places.items() if space.rotated() and "embed" in str(p.axes)}
+    widths = {d for _, dims in layers.values() for d in dims if d.startswith("embed")}
+    assert widths == set(space.rotated()) and len(layers) < len(known)
+    tables = measure_layers(model, space, rounds=1, progress=False).tables  # raises if a point was not timed
+    assert max(sum(d.startswith("embed") for d in next(iter(t.layers.values()))) for t in tables) == 1 + (
+        backbone == SWIN
+    )
+    assert {d for t in tables for dims in t.layers.values() for d in dims} == set(space.sizes) - (
+        set() if backbone == VIT_TINY else {"embed.0"}
+    )
+
+
+@pytest.mark.parametrize("backbone", [VIT_TINY, SWIN], ids=str)
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_widths_that_are_rotated_are_searched_within_a_latency(backbone, share):
+    latencies, scores = by_hand(backbone, rotated=True), random_scores(backbone, rotated=True)
+    whole = latencies.dense_ms - sum(float(np.max(t.milliseconds)) for t in latencies.tables)
+    budget = Budget(latency=f"{whole + share * (latencies.dense_ms - whole)}ms")
+    widths = latencies.space.rotated()
+    plan = allocate(scores, budget, latencies=latencies, multipliers=dict.fromkeys(widths, 1e-3))
+    assert budget.bounds(1, 1, 1)[2] >= round(latencies.milliseconds(plan.sizes) * 1e6)
+    assert any(plan.sizes[w] < latencies.space.sizes[w] for w in widths)
+    assert all(plan.sizes[w] % STEP == 0 for w in widths)
+    kept = allocate(scores, budget, freeze=widths, latencies=latencies)
+    assert all(kept.sizes[w] == latencies.space.sizes[w] for w in widths)
+
+
 def test_equal_layers_share_a_table():
     assert [len(table.layers) for table in measured(VIT_TINY).tables] == [2, 2]
     # Swin's third stage has a block with a shift, whose attention is given a mask.
@@ -224,7 +258,7 @@ def test_without_latencies_and_with_width(refused):
     scores = random_scores(VIT_TINY)
     with refused("latency='20ms'", "measure_layers"):
         allocate(scores, Budget(latency="20ms"))
-    with refused("width"):
+    with refused("the whole embed alone", "sidt.align"):
         allocate(scores, Budget(latency=0.8), kinds=("mlp", "width"), latencies=by_hand(VIT_TINY))
     with refused("smallest reachable latency"):
         allocate(scores, Budget(latency=0.01), latencies=by_hand(VIT_TINY))
