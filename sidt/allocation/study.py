@@ -16,7 +16,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -27,7 +27,7 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from sidt.allocation.greedy import Rules, allocate
+from sidt.allocation.greedy import Rules, allocate, stepped
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -50,7 +50,9 @@ _WIDTH = "width"
 _WIDTH_RANGE, _WIDTH_FIRST = (-1.0, 0.5), (-0.25, -0.5, -0.75, 0.25)
 _LOG2_RANGE = 2.0  # multipliers between 1/4 and 4: beyond, plans were only worse than the plain ranking
 _STARTUP = 5  # random trials before the sampler learns; the plain ranking is a good start already
-_LEAST_SHARE = 0.25  # Pareto mode goes down to this part of the budget
+# Parts of the dense model's cost, which Pareto mode starts with, by the plain ranking and with less width; it goes
+# from the least of them that can be reached to the dense model.
+_SHARES, _SPLIT = (0.6, 0.4, 0.25, 0.15, 0.1), -0.5
 _PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless trial in ten goes on to its end
 _FIRST_PARTS = 2  # no trial is stopped before
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -94,6 +96,25 @@ class Gain:
         return f"the search found nothing beyond noise: {numbers} against the plain ranking"
 
 
+@dataclass(frozen=True)
+class Point:
+    """A point of the curve that Pareto mode finds.
+
+    Attributes:
+        value: mean score on the held-out data.
+        share: the part of the dense model's cost, in what the budget bounds.
+        params: parameters.
+        macs: multiply-adds.
+        knobs: of the trial: with them :func:`plan_at` gives a plan at any budget near this one.
+    """
+
+    value: float
+    share: float
+    params: int
+    macs: int
+    knobs: Mapping[str, float]
+
+
 @dataclass(frozen=True, eq=False)
 class SearchResult:
     """What a search found.
@@ -106,8 +127,7 @@ class SearchResult:
         gain: both on fresh data, if there was any.
         multipliers: log2 of the best trial's multipliers, to warm-start another search.
         pruned: how many trials were stopped early.
-        front: in Pareto mode, the plans that no other beats in both score and multiply-adds, cheapest first, each
-            with its mean score and multiply-adds.
+        front: in Pareto mode, the trials that no other beats in both score and cost, cheapest first.
         study: Optuna's.
     """
 
@@ -118,7 +138,7 @@ class SearchResult:
     gain: Gain | None
     multipliers: Multipliers
     pruned: int
-    front: tuple[tuple[DimensionPlan, float, int], ...]
+    front: tuple[Point, ...]
     study: optuna.Study
 
 
@@ -164,13 +184,15 @@ def search(
         slicer: makes the model of a plan, for example sliced and repaired; default: :func:`sidt.slice_model`.
         warm: multipliers of earlier searches (``SearchResult.multipliers``), tried right after the plain ranking.
         jobs: trials at a time, in threads; more than one gives up that the same seed finds the same.
-        pareto: maximise the score and minimise multiply-adds at or below the budget.
+        pareto: one study over all budgets of the kind that the budget bounds, score against cost; the plan is that
+            of the budget, and ``front`` the curve.
         storage: Optuna storage URL; default: in memory.
         label: what the objective is measured on; searches with other labels do not share trials.
         progress: whether to show Optuna's progress bar.
 
     Raises:
-        InputError: the budget cannot be met, the scores are of another model, or the storage cannot be opened.
+        InputError: the budget cannot be met, the scores are of another model, or the storage cannot be opened; or in
+            Pareto mode, the budget has several bounds.
         KeyboardInterrupt: the search was stopped; finished trials are kept.
     """
     if trials < 1:
@@ -180,22 +202,18 @@ def search(
     rules = rules or Rules()
     space, costs = importance.space, PlanCosts(importance.space)
     ranges = _knobs(space, rules)
-    widths = [name for name in space.rotated() if name in rules.free(space)]
     plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
-    name = _name(importance, budget, rules, pareto, label if latencies is None else f"{label} {latencies.digest()}")
+    kind, limit = _measure(budget, costs, latencies) if pareto else ("", 1.0)
+    name = _name(importance, budget, rules, kind, label if latencies is None else f"{label} {latencies.digest()}")
 
     def plan_of(params: Mapping[str, float]) -> DimensionPlan:
-        share = params.get("share", 1.0)
-        limits, factor = _shrunk(budget, share, plain_plan, costs), params.get(_WIDTH, 0.0)
-        given = {n: _near(plain_plan.sizes[n] * 2.0**factor, space.sizes[n], rules) for n in widths if factor}
-        multipliers = _multipliers(space, params)
-        options = {**asdict(rules), "multipliers": multipliers, "sizes": given, "latencies": latencies}
-        return allocate(importance, limits, **options)
+        limits = Budget(**{kind: params["share"]}) if pareto else budget
+        return plan_at(importance, limits, params, rules=rules, latencies=latencies)
 
     def run(trial: optuna.Trial) -> float | tuple[float, float]:
         params = {knob: trial.suggest_float(knob, *limits) for knob, limits in ranges.items()}
         if pareto:
-            params["share"] = trial.suggest_float("share", _LEAST_SHARE, 1.0)
+            params["share"] = trial.suggest_float("share", shares[-1], 1.0, log=True)
         try:
             plan = plan_of(params)
         except InputError:  # so much width leaves too little of the budget
@@ -211,11 +229,15 @@ def search(
                 if step + 1 >= _FIRST_PARTS and trial.should_prune():
                     raise optuna.TrialPruned
         value = float(np.concatenate(parts).mean())
-        return (value, used_macs) if pareto else value
+        return (value, params["share"]) if pareto else value
 
     make = slicer or (lambda plan: slice_model(model, plan))
-    start = dict.fromkeys(ranges, 0.0) | ({"share": 1.0} if pareto else {})
+    start = dict.fromkeys(ranges, 0.0) | ({"share": limit} if pareto else {})
+    shares = _reachable(importance, kind, limit, rules, latencies) if pareto else []
     splits = [start | {_WIDTH: factor} for factor in _WIDTH_FIRST] if _WIDTH in ranges else []
+    if pareto:
+        starts = [start, start | {_WIDTH: _SPLIT}] if splits else [start]
+        splits = [known | {"share": share} for known in starts for share in shares]
     first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
         study = _open(storage, name, pareto)
@@ -240,11 +262,14 @@ def search(
     plain_trial = next((t for t in finished if t.params == start), None)
     if plain_trial is None:
         raise InputError(f"no trial finished within timeout={timeout} s; give the search more time")
+    front = _front(study.best_trials) if pareto else ()
     # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
     best = max(finished, key=lambda t: (t.values[0], -t.number))
-    plan = plain_plan if best.number == plain_trial.number else plan_of(best.params)
+    if pareto:
+        near = nearest(front, limit)
+        best = next(t for t in finished if t.params == near.knobs)
+    plan = plan_at(importance, budget, best.params, rules=rules, latencies=latencies)
     gain = _gain(make(plain_plan), make(plan), fresh) if fresh is not None else None
-    front = _front(study.best_trials, plan_of) if pareto else ()
     pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
     return SearchResult(
         plan, plain_plan, best.values[0], plain_trial.values[0], gain, best.params, pruned, front, study
@@ -280,11 +305,88 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP)
 
 
-def _front(
-    trials: list[FrozenTrial], plan_of: Callable[[Mapping[str, float]], DimensionPlan]
-) -> tuple[tuple[DimensionPlan, float, int], ...]:
-    ordered = sorted(trials, key=lambda t: t.values[1])
-    return tuple((plan_of(t.params), t.values[0], int(t.values[1])) for t in ordered)
+def _front(trials: list[FrozenTrial]) -> tuple[Point, ...]:
+    ordered = sorted(trials, key=lambda t: (t.values[1], t.number))
+    first = {tuple(t.values): t for t in reversed(ordered)}  # of equal ones, the earliest
+    points = [
+        Point(t.values[0], t.values[1], t.user_attrs["params"], t.user_attrs["macs"], t.params) for t in first.values()
+    ]
+    return tuple(reversed(points))
+
+
+def nearest(front: Sequence[Point], share: float) -> Point:
+    """The point of a curve whose cost is nearest, as a ratio."""
+    return min(front, key=lambda point: abs(np.log(point.share / share)))
+
+
+def knees(front: Sequence[Point]) -> list[Point]:
+    """The points where a curve bends: the corners of its convex hull, over the logarithm of the share."""
+    hull: list[Point] = []
+    for point in sorted(front, key=lambda p: p.share):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        if not hull or point.share > hull[-1].share:
+            hull.append(point)
+    return hull
+
+
+def _slope(low: Point, high: Point) -> float:
+    return (high.value - low.value) / float(np.log(high.share / low.share))
+
+
+def plan_at(
+    importance: Importance,
+    budget: Budget,
+    knobs: Mapping[str, float],
+    *,
+    rules: Rules | None = None,
+    latencies: LayerLatencies | None = None,
+) -> DimensionPlan:
+    """The plan of a trial's knobs at a budget, be it another one than the trial's.
+
+    Args:
+        importance: the scores.
+        budget: what the plan may cost.
+        knobs: log2 of the factors, by knob (``SearchResult.multipliers``, ``Point.knobs``).
+        rules: what allocation may do.
+        latencies: of the layers, for a budget with a latency.
+
+    Raises:
+        InputError: the budget cannot be met.
+    """
+    rules, space = rules or Rules(), importance.space
+    options: dict[str, Any] = {**asdict(rules), "latencies": latencies}
+    factor, sizes = knobs.get(_WIDTH, 0.0), {}
+    if factor:
+        plain, near = allocate(importance, budget, **options).sizes, stepped(rules) if latencies else rules
+        free = [name for name in space.rotated() if name in rules.free(space)]
+        sizes = {n: _near(plain[n] * 2.0**factor, space.sizes[n], near) for n in free}
+    return allocate(importance, budget, **options, multipliers=_multipliers(space, knobs), sizes=sizes)
+
+
+def _measure(budget: Budget, costs: PlanCosts, latencies: LayerLatencies | None) -> tuple[str, float]:
+    """What a budget with one bound bounds, and to which part of the dense model's."""
+    (kind, *others) = [name for name in ("params", "macs", "latency") if getattr(budget, name) is not None]
+    if others:
+        raise InputError(f"the budget {budget} has several bounds; a Pareto search goes along one: give one of them")
+    dense = [*costs.dense[:2], round(latencies.dense_ms * 1e6) if latencies else 1]
+    bound = budget.bounds(*map(int, dense))[("params", "macs", "latency").index(kind)]
+    assert bound is not None
+    return kind, min(1.0, bound / int(dense[("params", "macs", "latency").index(kind)]))
+
+
+def _reachable(
+    importance: Importance, kind: str, limit: float, rules: Rules, latencies: LayerLatencies | None
+) -> list[float]:
+    """The parts of the dense model's cost that a Pareto search starts with, the least one that can be met last."""
+    found = []
+    for share in _SHARES:
+        try:
+            allocate(importance, Budget(**{kind: share}), **asdict(rules), latencies=latencies)
+        except InputError:
+            break
+        found.append(share)
+    return found if found and found[-1] <= limit else [*found, limit]
 
 
 def _knobs(space: DimensionSpace, rules: Rules) -> dict[str, tuple[float, float]]:
@@ -320,23 +422,19 @@ def _cost(costs: PlanCosts, plan: DimensionPlan) -> npt.NDArray[np.int64]:
     return costs.of(np.array([sizes[n] for n in costs.names], dtype=np.int64))
 
 
-def _shrunk(budget: Budget, share: float, plain: DimensionPlan, costs: PlanCosts) -> Budget:
-    """The budget with multiply-adds at most ``share`` of what the plain ranking uses."""
-    if share >= 1:
-        return budget
-    return replace(budget, macs=max(2, int(share * int(_cost(costs, plain)[1]))))
-
-
 def _gain(plain: nn.Module, found: nn.Module, fresh: Objective) -> Gain:
     ours, theirs = _whole(fresh(found)), _whole(fresh(plain))
     error = (ours - theirs).std(ddof=1) / np.sqrt(len(ours)) if len(ours) > 1 else float("nan")
     return Gain(float(theirs.mean()), float(ours.mean()), float(error), len(ours))
 
 
-def _name(importance: Importance, budget: Budget, rules: Rules, pareto: bool, label: str) -> str:
+def _name(importance: Importance, budget: Budget, rules: Rules, pareto: str, label: str) -> str:
     """A study's name tells its searches apart, so that one storage can hold many and each resumes its own."""
     bounds = {k: v for k, v in asdict(budget).items() if v is not None or k != "latency"}  # names from before it stay
-    digest = hashlib.sha256(json.dumps([importance.space.sizes, bounds, asdict(rules), pareto, label]).encode())
+    if pareto:  # the curve is the same for all budgets
+        bounds = {}
+    made_of = [importance.space.sizes, bounds, asdict(rules), pareto or False, label]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
     for scores in importance.scores.values():
         digest.update(np.ascontiguousarray(scores).tobytes())
     return f"sidt-{digest.hexdigest()[:12]}"

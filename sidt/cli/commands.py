@@ -73,7 +73,6 @@ def _add_step(name: str, function: str, says: str) -> None:
 
 _add_step("train", "train", "Train the dense model, or take the weights that the config names.")
 _add_step("score", "score", "Score the importance of every unit.")
-_add_step("slice", "slice_", "Slice the dense model by the plan.")
 _add_step("evaluate", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models.")
 _add_step("report", "write_report", "Write report.md and its plots.")
 
@@ -82,7 +81,7 @@ _add_step("report", "write_report", "Write report.md and its plots.")
 @_STEP
 @budgeted
 @TRIALS
-@click.option("--pareto", is_flag=True, default=None, help="Accuracy against multiply-adds, at or below the budget.")
+@click.option("--pareto", is_flag=True, default=None, help="The curve over all budgets, not the budget's alone.")
 def search(
     budget: dict[str, Any] | None,
     trials: int | None,
@@ -104,6 +103,18 @@ def search(
         "seed": seed,
     }
     _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
+
+
+@cli.command("slice")
+@_STEP
+@click.option(
+    "--at", type=float, metavar="SHARE", help="Take this point of the curve that `search --pareto` found: 0.4."
+)
+def slice_(at: float | None, **arguments: Any) -> None:
+    """Slice the dense model by the plan."""
+    from sidt.runs import pipeline
+
+    _do(lambda run: pipeline.slice_(run, at), _open(**arguments))
 
 
 @cli.command()

@@ -84,7 +84,8 @@ class SearchConfig(_Strict):
         warm: run folders whose searches' best multipliers are tried right after the plain ranking.
         jobs: trials at a time, in threads of one process; several processes may share a storage as well.
         storage: Optuna storage URL; None: SQLite in the run folder.
-        pareto: accuracy against multiply-adds, at or below the budget.
+        pareto: one study over all budgets of the kind that the budget bounds: the curve of score against cost. The
+            plan is that of the budget; `sidt slice RUN --at SHARE` takes any other point.
         kinds: the kinds of dimensions that are searched; None: see :class:`sidt.allocation.Rules`.
         freeze: patterns of dimensions that stay whole.
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.

@@ -14,7 +14,8 @@ same. What its layers read is measured once, by score, for the repair of every s
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -24,9 +25,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from sidt.allocation.greedy import Rules
-from sidt.allocation.study import Gain
+from sidt.allocation.study import Gain, Point, knees, nearest, plan_at
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
+from sidt.cost.budget import Budget
 from sidt.cost.complexity import measure, report, time_forward
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, save
@@ -164,8 +166,6 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     )
     finished = [t for t in result.study.get_trials() if t.values is not None]
     result.plan.save(run.folder / PLAN)
-    for number, (plan, _, _) in enumerate(result.front):
-        plan.save(run.folder / "search" / f"pareto-{number}.json")
     gain = result.gain
     write_json(
         run.folder / SEARCH,
@@ -186,7 +186,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
                 "samples": gain.samples,
                 "says": _says(gain, config.objective),
             },
-            "front": [{"value": value, "macs": macs} for _, value, macs in result.front],
+            "front": [asdict(point) for point in result.front],
         },
     )
     small, full = report(space, result.plan.sizes), report(space)
@@ -198,9 +198,17 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
 
 
-def slice_(run: Run) -> str:
-    """Slice the dense model by the plan, and repair what lost inputs."""
+def slice_(run: Run, at: float | None = None) -> str:
+    """Slice the dense model by the plan, and repair what lost inputs.
+
+    Args:
+        run: the run.
+        at: the part of the dense model's cost that may stay: another point of the curve that a Pareto search found
+            than that of the budget; it becomes the run's plan.
+    """
     model = base_model(run)
+    if at is not None:
+        _take_point(run, model, at)
     plan = searched_plan(run, space_for(model))
     small = _slicer(run, model)(plan)
     if run.config.repair:
@@ -210,6 +218,24 @@ def slice_(run: Run) -> str:
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
+
+
+def _take_point(run: Run, model: nn.Module, at: float) -> None:
+    """Make a point of the curve the run's plan."""
+    front = [Point(**point) for point in read_json(existing(run, SEARCH, "search --pareto"))["front"]]
+    if not front:
+        raise InputError(f"{run.folder} has no curve to take {at} from; run `sidt search {run.folder} --pareto` first")
+    least = min(point.share for point in front)
+    if not least * (1 - 1e-9) <= at <= 1:
+        raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
+    config, space = run.config.search, space_for(model)
+    scores = load_importance(existing(run, "scores.safetensors", "score"), space)
+    rules = Rules(config.kinds, config.freeze, config.min_units, config.round_to)
+    given = run.config.budget
+    kind = next(name for name in ("params", "macs", "latency") if getattr(given, name) is not None)
+    budget = Budget(**{kind: float(at)})
+    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, lambda _: None)
+    plan_at(scores, budget, nearest(front, at).knobs, rules=rules, latencies=latencies).save(run.folder / PLAN)
 
 
 def finetune(run: Run) -> str:
@@ -257,10 +283,14 @@ def write_report(run: Run) -> str:
     rows = read_json(existing(run, "evaluation.json", "evaluate"))
     check_one_plan(run)
     reporting.plot_kept(plan, run.folder / "kept.png")
-    front, judged_by = search_result["front"], f"{_JUDGED_BY[search_result['objective']]} on held-out images"
+    front, curve, judged_by = search_result["front"], "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front:
-        points = [(point["value"], point["macs"]) for point in front]
-        reporting.plot_front(points, judged_by, run.folder / "search.png")
+        points = [Point(**point) for point in front]
+        kind = search_result["budget"].partition("=")[0]
+        curve = _knee_table(points, space, judged_by)
+        reporting.plot_front(
+            [(p.value, p.share) for p in points], search_result["dense"], kind, judged_by, run.folder / "search.png"
+        )
     else:
         reporting.plot_search(
             search_result["values"],
@@ -283,7 +313,7 @@ Search: {len(search_result["values"])} trials; {gain["says"]}.
 
 ![search](search.png)
 
-{costs}
+{curve}{costs}
 """
     write_text(run.folder / "report.md", text)
     return f"report -> {run.folder / 'report.md'}"
@@ -364,6 +394,17 @@ def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: st
             shutil.rmtree(old)
     history = fit(model, data.train, config, val=data.holdout, folder=own, loss=loss, label=step)
     write_json(run.folder / f"{step}.json", history)
+
+
+def _knee_table(front: Sequence[Point], space: DimensionSpace, judged_by: str) -> str:
+    """Where the curve of a Pareto search bends."""
+    dense = report(space)
+    cells = [
+        [f"{p.share:.3g}", f"{p.value:.4f}", p.params, _percent(p.params / dense.params), p.macs]
+        for p in sorted(knees(front), key=lambda p: -p.share)
+    ]
+    shown = reporting.table(["--at", judged_by, "params", "kept", "MACs"], cells, "md")
+    return f"Where the curve bends; `sidt slice RUN --at SHARE` takes any point of it:\n\n{shown}\n\n"
 
 
 def _results_table(rows: dict[str, Any], style: reporting.Format = "table") -> str:

@@ -170,13 +170,16 @@ def plot_search(values: Sequence[float], plain: float, dense: float | None, scor
     _save(figure, path)
 
 
-def plot_front(front: Sequence[tuple[float, float]], score: str, path: Path) -> None:
-    """Draw the Pareto front: score against multiply-adds, in millions."""
+def plot_front(front: Sequence[tuple[float, float]], dense: float | None, kind: str, score: str, path: Path) -> None:
+    """Draw the curve of a Pareto search: score against the part of the dense model's cost."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([macs / 1e6 for _, macs in front], [value for value, _ in front], "o-")
-    axes.set_xlabel("MMACs")
+    axes.plot([100 * share for _, share in front], [value for value, _ in front], "o-", label="found")
+    if dense is not None:
+        axes.axhline(dense, linestyle=":", color="black", label="dense")
+    axes.set_xlabel(f"{kind} left, in %")
     axes.set_ylabel(score)
+    axes.legend()
     _save(figure, path)
 
 

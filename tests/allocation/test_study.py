@@ -7,7 +7,7 @@ from backbones import SWIN, VIT_TINY, dense
 
 from sidt import Budget, allocate, importance, search
 from sidt.allocation.greedy import Rules
-from sidt.allocation.study import Gain
+from sidt.allocation.study import Gain, Point, knees, nearest, plan_at
 from sidt.cost.complexity import PlanCosts
 from sidt.surgery.slicing import slice_model
 
@@ -101,21 +101,40 @@ def test_same_seed_same_search():
 
 
 def test_pareto():
-    model, found = scores()
+    """One study over all budgets: a curve, whose point at the budget is the plan, and a plan at any other."""
+    model, space = dense(VIT_TINY)
+    scores = importance.magnitude(model, space=space)
+    costs = PlanCosts(space)
 
     def wants_size(small):
-        return np.full(2, sum(p.numel() for p in small.parameters()) / 1e6)
+        return np.array([float(sum(p.numel() for p in small.parameters()))])
 
-    result = search(model, found, BUDGET, wants_size, trials=12, pareto=True, progress=False)
-    limit = 0.7 * PlanCosts(found.space).dense[0]
-    values, macs = [v for _, v, _ in result.front], [m for _, _, m in result.front]
-    assert len(result.front) > 2
-    assert macs == sorted(macs) and values == sorted(values)
-    for plan, _, expected in result.front:
-        costs = PlanCosts(found.space)
-        used = costs.of(np.array([plan.sizes[n] for n in costs.names]))
-        assert used[1] == expected and used[0] <= limit
-    assert result.value == max(values)
+    budget = Budget(params=0.8)
+    result = search(model, scores, budget, wants_size, trials=12, pareto=True, progress=False)
+    shares, values = [p.share for p in result.front], [p.value for p in result.front]
+    assert len(shares) > 2 and shares == sorted(set(shares)) and values == sorted(set(values))
+    for plan, share in ((result.plan, 0.8), (plan_at(scores, Budget(params=0.7), result.front[0].knobs), 0.7)):
+        used = costs.of(np.array([plan.sizes[n] for n in costs.names]))[0] / costs.dense[0]
+        assert 0.99 * share <= used <= share
+    for point in result.front:  # what is told of a point is what its plan costs
+        plan = plan_at(scores, Budget(params=point.share), point.knobs)
+        assert [*costs.of(np.array([plan.sizes[n] for n in costs.names]))] == [point.params, point.macs]
+        assert point.value == point.params
+    other = search(model, scores, Budget(params=0.75), wants_size, trials=1, pareto=True, progress=False)
+    assert other.study.study_name == result.study.study_name  # the curve is the same for every budget
+
+
+def test_a_curve_goes_along_one_bound(refused):
+    model, space = dense(VIT_TINY)
+    with refused("several bounds", "give one"):
+        search(model, importance.magnitude(model, space=space), Budget(params=0.8, macs=0.8), np.array, pareto=True)
+
+
+def test_the_nearest_point_and_the_knees():
+    curve = [Point(value, share, 0, 0, {}) for value, share in ((0.1, 0.1), (0.6, 0.2), (0.65, 0.4), (0.9, 0.8))]
+    assert nearest(curve, 0.29).share == 0.4 and nearest(curve, 0.28).share == 0.2  # as a ratio: 0.283 is between
+    assert [p.share for p in knees(curve)] == [0.1, 0.2, 0.8]
+    assert knees(curve[:1]) == curve[:1]
 
 
 def test_gain_is_measured_on_fresh_data_and_paired():

@@ -127,8 +127,29 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
     assert code == 0, err
     dense, base = (sidt.load(tmp_path / "r" / name).state_dict() for name in ("dense", "base"))
     assert all(torch.equal(dense[name], tensor) for name, tensor in base.items())  # nothing was aligned
-    assert (tmp_path / "r" / "search" / "pareto-0.json").is_file()
     assert "report ->" in out
+
+    def read(name):
+        return json.loads((tmp_path / "r" / name).read_text())
+
+    front = read("search/search.json")["front"]
+    assert front and {"value", "share", "params", "macs", "knobs"} == set(front[0])
+    assert "Where the curve bends" in (tmp_path / "r" / "report.md").read_text()
+    assert sidt_command("slice", tmp_path / "r", "--at", 0.9)[0] == 0
+    code, _, err = sidt_command("evaluate", tmp_path / "r")
+    assert code == 2 and "of another plan" in err  # what was fine-tuned is another point of the curve
+    for step in ("finetune", "evaluate"):
+        assert sidt_command(step, tmp_path / "r")[0] == 0
+    rows = read("evaluation.json")
+    assert 0.98 * 0.9 <= rows["sliced"]["params"] / rows["dense"]["params"] <= 0.9
+    for share in ("0", "1.5", "nan"):
+        code, _, err = sidt_command("slice", tmp_path / "r", "--at", share)
+        assert code == 2 and "not on the curve" in err and err.count("\n") == 1
+
+
+def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
+    code, _, err = sidt_command("slice", finished, "--at", 0.5)
+    assert code == 2 and "--pareto" in err and err.count("\n") == 1
 
 
 def test_complexity_of_a_model(sidt_command):
