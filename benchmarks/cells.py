@@ -23,9 +23,10 @@ from sidt.space.space import DimensionSpace
 from sidt.training.batches import make_loader
 from sidt.training.data import Splits
 
-RIVALS = ("Torch-Pruning", "ModelOpt FastNAS")
-# One seed's model is every seed's. The rivals' would differ, but choosing one takes them ten minutes a target.
-DETERMINISTIC = ("dense", "L1", "L2", *RIVALS)
+TOOLS = ("Torch-Pruning", "ModelOpt FastNAS")
+RIVALS = (*TOOLS, "CORP", "VBP")
+# One seed's model is every seed's. The tools' would differ, but choosing one takes them ten minutes a target.
+DETERMINISTIC = ("dense", "L1", "L2", *TOOLS)
 Method = tuple[nn.Module, dict[str, Any]]  # the smaller model, and what there is to say about it
 
 

@@ -22,11 +22,12 @@ import click
 import numpy as np
 import ours
 import torch
-from cells import DETERMINISTIC, RIVALS, Cell, Method, Setting, cached, rated, sample, work
+from cells import DETERMINISTIC, TOOLS, Cell, Method, Setting, cached, rated, sample, work
 from results import environment, write_results
 from rivals import fastnas, load_shapes, save_shapes, torch_pruning
 from summary import collected, draw, label, margins, summary, tables
 from torch import Tensor, nn
+from training_free import corp, vbp
 
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
@@ -137,6 +138,8 @@ ROWS: dict[str, Callable[[Setting], Method]] = {
     "SiDT search + repair": ours.searched,
     "Torch-Pruning": torch_pruning,
     "ModelOpt FastNAS": fastnas,
+    "CORP": corp,
+    "VBP": vbp,
 }
 
 # --- cells: one file each ---------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def shrink(cell: Cell, setting: Setting, runs: Path, name: str, args: dict[str, 
     model, info = (setting.dense, {}) if cell.row == "dense" else ROWS[cell.row](setting)
     seconds = time.perf_counter() - begin + info.get("earlier_seconds", 0.0)
     folder = cell.folder(runs) / "model"
-    if cell.row in RIVALS:
+    if cell.row in TOOLS:
         save_shapes(model, folder)
     else:
         save(model, folder, name=name, args=args)
@@ -165,7 +168,7 @@ def shrink(cell: Cell, setting: Setting, runs: Path, name: str, args: dict[str, 
 
 def model_of(cell: Cell, setting: Setting, runs: Path) -> nn.Module:
     folder = cell.folder(runs) / "model"
-    return load_shapes(setting.dense, folder) if cell.row in RIVALS else load(folder)
+    return load_shapes(setting.dense, folder) if cell.row in TOOLS else load(folder)
 
 
 def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
@@ -321,12 +324,13 @@ def main(
         f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "
         "calibration images, random scores and training) +- its standard error over the images, and (sd) the standard "
         "deviation over the seeds where the method depends on them. No method has seen the test images. "
-        f"{images:,} calibration images; the rivals choose among their settings on held-out images, with the first "
-        f"seed. Training: {', '.join(f'{key} {value}' for key, value in RECIPE.items())}, cosine; for all rows the "
-        "same images in the same order, at the learning rate behind the result: of those tried the best on the test "
-        "images with the first seed, for every row (the JSON has the others). method (s): wall time until the smaller "
-        "model is there, with other work on the machine. ms: one forward of 1 and of 32 images on this CPU, the median "
-        "over rounds of all models in turn."
+        f"{images:,} calibration images; {' and '.join(TOOLS)} choose among their settings on held-out images, with "
+        "the first seed; CORP and VBP are made here from their published formulas, in our reading "
+        f"(benchmarks/training_free.py). Training: {', '.join(f'{key} {value}' for key, value in RECIPE.items())}, "
+        "cosine; for all rows the same images in the same order, at the learning rate behind the result: of those "
+        "tried the best on the test images with the first seed, for every row (the JSON has the others). method (s): "
+        "wall time until the smaller model is there, with other work on the machine. ms: one forward of 1 and of 32 "
+        "images on this CPU, the median over rounds of all models in turn."
     )
     where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
         f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else "")
