@@ -21,11 +21,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sidt.space.axes import Axis, term_size
+from sidt.space.axes import Axis, axis_size, term_size
 from sidt.space.space import DimensionSpace
 from sidt.surgery.moments import Moments
-from sidt.surgery.narrowing import given_by
-from sidt.surgery.rotation import basis, fold_norms, rotatable, rotate, turned
+from sidt.surgery.narrowing import given_to
+from sidt.surgery.rotation import basis, columns_of, fold_norms, rotatable, rotate, turned
 from sidt.surgery.slicing import is_bilinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,12 +69,12 @@ def _rotate(model: nn.Module, moments: Moments) -> Moments:
         return moments
     fold_norms(model, space)
     for width, stream in widths.items():
-        inputs = {norm: given_by(model, norm, moments.read_by(readers[0])) for norm, readers in stream.norms.items()}
+        inputs = {norm: given_to(model, moments, stream, norm, readers[0]) for norm, readers in stream.norms.items()}
         matrix = basis(model, space, width, inputs)
         rotate(model, space, width, matrix)
         behind = {weight for readers in stream.norms.values() for weight in readers}
         turn = {
-            (name, row): _turned(moment, space.places[name].axes[1], width, space, matrix)
+            (name, row): _turned(moment, columns_of(space, stream, name), width, space, matrix)
             for (name, row), moment in moments.inputs.items()
             if name in behind
         }
@@ -84,10 +84,10 @@ def _rotate(model: nn.Module, moments: Moments) -> Moments:
 
 
 def _turned(moment: Tensor, axis: Axis, width: str, space: DimensionSpace, matrix: Tensor) -> Tensor:
-    """Second moments, the constant 1 last, of inputs whose units are multiplied by a matrix."""
+    """Second moments of inputs whose units, which come first, are multiplied by a matrix."""
     result = moment.clone()
     for dim in (0, 1):
-        units = result.narrow(dim, 0, len(moment) - 1)
+        units = result.narrow(dim, 0, axis_size(axis, space.sizes))
         units.copy_(turned(units, dim, axis, width, space.sizes, matrix))
     return result
 

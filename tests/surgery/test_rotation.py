@@ -16,7 +16,9 @@ from sidt.surgery.slicing import slice_model
 
 RMS = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "norm_layer": "rmsnorm"}, label="rmsnorm")
 SCALED = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "init_values": 0.5}, label="scaled")
-ALL = (*BACKBONES, RMS, SCALED)
+SWIN = {"depths": (1, 2, 1, 1), "img_size": 96, "embed_dim": 24, "num_heads": (2, 2, 2, 2)}
+PADDED = Backbone("swin_tiny_patch4_window7_224", SWIN, label="padded")  # zeros beside the tokens in every stage
+ALL = (*BACKBONES, RMS, SCALED, PADDED)
 # timm's ViT without a norm or an embedding that changes the stream itself.
 WHOLE = ("vit_tiny", "deit", "dinov2", "beit3")
 
