@@ -79,12 +79,14 @@ def narrowed(model: nn.Module, plan: DimensionPlan, moments: Moments) -> dict[st
                 take -= take.mean(0)
             shift = _shift(model, norm, size)
             for reader in readers:  # they may read other tokens, as the two heads of a distilled model
-                length = (take @ given_to(model, moments, stream, norm, reader) @ take.T).trace()
-                factor = (count / length.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+                given = given_to(model, moments, stream, norm, reader)
+                left = (take @ given @ take.T).trace().clamp(min=torch.finfo(torch.float64).tiny)
+                # A norm makes a token as long as it has units; a reader may see a mean of tokens, which is shorter.
+                factor = (count / size * given.trace() / left).sqrt()
                 axis = columns_of(space, stream, reader)
                 columns = torch.from_numpy(kept_indices(axis, space.sizes, plan.keep, space.per))
-                left = shift[units] - factor * take @ shift
-                found[reader] = Narrowed(columns, factor, factor * take, left, taps_of(space, stream, reader))
+                added = shift[units] - factor * take @ shift
+                found[reader] = Narrowed(columns, factor, factor * take, added, taps_of(space, stream, reader))
     return found
 
 
