@@ -16,13 +16,15 @@ those of any model; the plan of an aligned model belongs to its weights, not to 
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sidt.space.axes import Axis, axis_size, term_size
-from sidt.space.space import DimensionSpace
+from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.heads import with_head
 from sidt.surgery.moments import Moments
 from sidt.surgery.narrowing import given_to
 from sidt.surgery.rotation import basis, columns_of, fold_norms, rotatable, rotate, turned
@@ -40,6 +42,9 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
     by their product (qk-norm, the cosine attention of Swin V2), and v that something else reads as well (output gates,
     norms inside the attention).
 
+    A timm model without a head (``num_classes=0``) gets a linear one, where the way back of its features is: it gives
+    the same features, and timm builds it with as many classes as there are features.
+
     Args:
         model: the dense model.
         moments: of its layers' inputs.
@@ -48,6 +53,8 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
         The aligned model, and the moments of its layers' inputs.
     """
     aligned = copy.deepcopy(model)
+    if not set(moments.space.places) <= {name for name, _ in chain(model.named_parameters(), model.named_buffers())}:
+        aligned, _ = with_head(aligned, space_for(model, moments.space.trace.input_size))  # as for the moments
     moments = _rotate(aligned, moments)
     space = moments.space
     changed: dict[tuple[str, int], Tensor] = {}

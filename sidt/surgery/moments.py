@@ -21,6 +21,7 @@ from sidt.errors import InputError
 from sidt.files import replacing
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.heads import with_head
 from sidt.surgery.rotation import fold_norms, rotatable, taps_of
 from sidt.surgery.slicing import explicit
 
@@ -119,6 +120,7 @@ def measure_moments(
     or mlp, of those that write q and k, and of those that read a width that can be rotated.
 
     Of what a norm on such a width gives, scale and shift are left out: :func:`sidt.align` folds them into its readers.
+    A timm model whose features go out is given a head first, as :func:`sidt.align` does.
 
     Memory is one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there are.
 
@@ -131,7 +133,7 @@ def measure_moments(
     Raises:
         InputError: there is no batch, or what a layer reads is not finite.
     """
-    space = space or space_for(model)
+    model, space = with_head(model, space or space_for(model))
     wanted = {name for name, place in space.places.items() if not place.is_buffer and _is_wanted(space, place.axes)}
     padded = {r for stream in rotatable(space).values() for norm in stream.padded for r in stream.norms[norm]}
     taps: dict[str, int] = {}
