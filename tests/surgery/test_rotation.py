@@ -93,6 +93,20 @@ def test_a_model_without_a_head_gives_the_same_features(name, kwargs, tmp_path):
     assert torch.equal(outputs(sidt.load(tmp_path), batch.float())[0], outputs(repaired, batch.float())[0])
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("classes", [0, 7])
+def test_units_that_are_pooled_by_their_maximum_keep_their_basis(name, classes):
+    kwargs = SWIN if name.startswith("swin") else {"depth": 1, "img_size": 96}
+    model = Backbone(name).create(**kwargs, num_classes=classes, global_pool="avgmax").eval().double()
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    aligned, moments = sidt.align(model, sidt.measure_moments(model, [(images, None)]))
+    expected = outputs(model, images)[0]
+    assert float((outputs(aligned, images)[0] - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+    *_, last = moments.space.streams
+    assert last not in moments.space.rotated()
+    assert "largest value" in moments.space.streams[last] or classes == 0
+
+
 def test_features_that_no_head_can_give_keep_their_basis():
     """timm builds no Swin with a head and without pooling."""
     model = Backbone("swin_tiny_patch4_window7_224").create(**SWIN, num_classes=0, global_pool="").eval()
