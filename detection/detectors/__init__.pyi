@@ -6,6 +6,7 @@ from .checkpoints import save_detector as save_detector
 from .configs import build_detector as build_detector
 from .configs import read_config as read_config
 from .pyramid import SimpleFeaturePyramid as SimpleFeaturePyramid
+from .pyramid import only_layers as only_layers
 from .space import detector_space as detector_space
 from .space import parts as parts
 from .space import whole as whole

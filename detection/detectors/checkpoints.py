@@ -30,6 +30,7 @@ from sidt.space.plan import DimensionPlan
 CONFIG, PLAN, WEIGHTS = "config.py", "plan.json", "model.safetensors"
 _HERE = "{{ fileDirname }}"  # MMEngine puts the config's own folder here
 _MODELS = "sidt.detection.models"
+_ROTATED = "sidt_rotated"  # in a config, as on a detector: the widths whose units stand in order
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -78,6 +79,9 @@ def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Se
     imports = list((own.get("custom_imports") or {}).get("imports", ()))
     if _MODELS not in imports:
         own.custom_imports = {"imports": [*imports, _MODELS], "allow_failed_imports": False}
+    own.pop(_ROTATED, None)
+    if rotated := getattr(detector, _ROTATED, ()):
+        own[_ROTATED] = list(rotated)
     if plan is not None:
         _slice_config(own, plan, map_dimensions(detector.get_submodule("backbone"), plan.space))
     dense = own.model.backbone.dense if plan is not None else own.model.backbone
@@ -124,6 +128,8 @@ def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
     plan = getattr(searchable(detector.get_submodule("backbone"))[1], "sidt_plan", None)
     if plan is not None:
         detector.sidt_plan = plan
+    if rotated := config.get(_ROTATED):
+        detector.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
     return detector.eval(), config
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
 from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
 from sidt.detection.detectors.configs import first_neck
+from sidt.detection.detectors.streams import detector_streams, readers_of_maps
 from sidt.errors import InputError
 from sidt.space.axes import Axis
 from sidt.space.space import DimensionSpace, Place, space_for
@@ -57,14 +58,21 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     }
     order = {name: i for i, name in enumerate([*dict(detector.named_parameters()), *dict(detector.named_buffers())])}
     places = dict(sorted((places | constant).items(), key=lambda item: order[item[0]]))
+    cost, axes_of = trace_detector(detector, input_size)[0], {name: place.axes for name, place in places.items()}
+    outside: dict[str, tuple[str, ...] | str] = dict.fromkeys(inner.streams, ())
+    outside |= dict.fromkeys(fixed, "it is not known how the neck reads its map")
+    outside |= readers_of_maps(detector, first_neck(config)[1], maps, input_size) if neck else {}
+    rotated = getattr(detector, "sidt_rotated", ())
     return replace(
         inner,
-        dimensions={n: replace(d, fixed=d.fixed or n in fixed) for n, d in inner.dimensions.items()},
+        dimensions={
+            n: replace(d, fixed=d.fixed or n in fixed, ordered=n in rotated) for n, d in inner.dimensions.items()
+        },
         places=places,
         attributes=attributes,
         attention={heads: f"{prefix}{owner}" for heads, owner in inner.attention.items()},
-        trace=trace_detector(detector, input_size)[0],
-        streams=dict.fromkeys(inner.streams, "its maps go out to the neck"),
+        trace=cost,
+        streams=detector_streams(detector, module, prefix, axes_of, cost.positions, outside),
         counted=BACKBONE,
     )
 

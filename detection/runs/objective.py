@@ -28,6 +28,7 @@ from sidt.importance.scores import Importance, load_importance
 from sidt.space.space import DimensionSpace
 from sidt.surgery.alignment import align
 from sidt.surgery.moments import Moments, load_moments, measure_moments
+from sidt.surgery.rotation import rotatable
 
 Say = Callable[[str], None]
 
@@ -80,7 +81,7 @@ def _gate_scores(detector: nn.Module, config: Config, settings: Settings, space:
         start, out = Path(folder, "start.safetensors"), Path(folder, "scores.safetensors")
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in detector.state_dict().items()}
         start.write_bytes(dump_tensors(state))
-        hook = {"type": "GateHook", "kinds": settings.kinds, "out": str(out)}
+        hook = {"type": "GateHook", "kinds": settings.searched, "out": str(out)}
         hook |= settings.gates.model_dump(exclude={"train"})
         own.custom_hooks = [*(own.get("custom_hooks") or []), hook]
         train(own, start, Path(folder, "states"), "gates")
@@ -95,10 +96,13 @@ def aligned_detector(
     Both are measured once, and kept in ``folder`` with what they were ``made_of``.
     """
     weights, measured = folder / WEIGHTS, folder / "moments.safetensors"
-    moments = load_moments(measured, space, made_of)
+    widths = tuple(rotatable(space))
+    made_of = {**made_of, "rotated": list(widths)}
+    moments = load_moments(measured, space.ordered(widths), made_of)
     if moments is not None and weights.is_file():
         aligned = copy.deepcopy(detector)
         load_weights(aligned, weights)
+        aligned.sidt_rotated = widths  # type: ignore[assignment]
         return aligned, moments
     aligned, moments = align(detector, measure_moments(detector, read(), forward=detector_loss, space=space))
     measured.unlink(missing_ok=True)  # between the two files, neither counts

@@ -32,6 +32,7 @@ from sidt.detection.detectors.checkpoints import (
     weights_digest,
 )
 from sidt.detection.detectors.configs import build_detector
+from sidt.detection.detectors.pyramid import only_layers
 from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
 from sidt.detection.runs.folder import (
     EVALUATION,
@@ -65,6 +66,7 @@ from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs.report import Format
+from sidt.space.families import KINDS
 from sidt.space.space import DimensionSpace
 from sidt.surgery.compensation import compensate, refit_width
 from sidt.surgery.slicing import slice_model
@@ -112,6 +114,9 @@ def search(run: DetectionRun, say: Say) -> str:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
     existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
     detector, config = open_detector(run, run.folder / "dense")
+    original = load_detector(run.folder / "dense")[1]
+    if _rotates(settings):
+        detector, config, original = *only_layers(detector, config), only_layers(detector, original)[1]
     source = _checked(run, detector, _TRAIN)
     split = _split(run, source)
     space = detector_space(detector, config.model, input_size(run))
@@ -123,9 +128,9 @@ def search(run: DetectionRun, say: Say) -> str:
     if settings.repair:
         read = partial(images, batch_size(config))
         base, moments = aligned_detector(detector, space, read, run.folder / "base", _made_of(run))
-        detector, slicer = base, lambda plan: compensate(base, plan, moments)
+        detector, slicer, space = base, lambda plan: compensate(base, plan, moments), moments.space
     scores = _scores(run, detector, config, space, images, say)
-    rules = Rules(settings.kinds, settings.freeze, settings.min_units, settings.round_to)
+    rules = Rules(settings.searched, settings.freeze, settings.min_units, settings.round_to)
     forward = predict if settings.on == "detector" else run_backbone
     budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
     latencies = latencies_for(layers, detector, scores, budget, rules, say, forward=forward)
@@ -180,9 +185,9 @@ def search(run: DetectionRun, say: Say) -> str:
         },
     )
     sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
-    if settings.repair and "width" in settings.kinds:
+    if settings.repair and "width" in (settings.kinds or ()):
         sliced = refit_width(detector, sliced, result.plan, images(1), forward=detector_loss)
-    save_detector(sliced, load_detector(run.folder / "dense")[1], run.folder / "sliced", source.classes)
+    save_detector(sliced, original, run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
     left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
     return f"{left}; {verdict} -> {run.folder / 'sliced'}"
@@ -321,9 +326,16 @@ def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
     return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
 
 
+def _rotates(settings: Settings) -> bool:
+    """Whether the width may be cut by its directions, for a layer more in a neck that is not counted."""
+    timed = settings.budget is not None and settings.budget.latency is not None
+    wanted = "width" in (KINDS if settings.searched is None else settings.searched)
+    return settings.repair and settings.on == "backbone" and wanted and not timed
+
+
 def _check_width(space: DimensionSpace, settings: Settings) -> None:
     widths = [d for d in space.dimensions.values() if d.kind == "width"]
-    if "width" in settings.kinds and widths and all(d.fixed for d in widths):
+    if "width" in (settings.kinds or ()) and widths and all(d.fixed for d in widths):
         raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
 
 
@@ -338,9 +350,9 @@ def _scores(
 ) -> Importance:
     """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
     settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
-    made_of = _made_of(run) | {"score": settings.score, "repair": settings.repair}
+    made_of = _made_of(run) | {"score": settings.score, "repair": settings.repair, "rotated": space.rotated()}
     if settings.score == "gates":
-        made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.kinds)}
+        made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.searched or ())}
     if path.is_file() and note.is_file() and read_json(note) == made_of:
         return load_importance(path, space)
     scores = measured_scores(detector, config, settings, space, images, say)

@@ -58,7 +58,7 @@ class Settings(BaseModel):
         trials: finished trials in all.
         timeout: seconds after which no new trial starts.
         storage: Optuna storage URL; None: SQLite in the run folder.
-        kinds: the kinds of dimensions that are searched.
+        kinds: the kinds of dimensions that are searched; None: see :class:`sidt.allocation.Rules`.
         freeze: patterns of dimensions that stay whole.
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
@@ -82,7 +82,7 @@ class Settings(BaseModel):
     trials: int = Field(default=20, ge=1)
     timeout: float | None = Field(default=None, gt=0)
     storage: str | None = None
-    kinds: tuple[Kind, ...] = INNER_KINDS
+    kinds: tuple[Kind, ...] | None = None
     freeze: tuple[str, ...] = ()
     min_units: int = Field(default=1, ge=0)
     round_to: int = Field(default=1, ge=1)
@@ -90,3 +90,8 @@ class Settings(BaseModel):
     teacher: TeacherSettings | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def searched(self) -> tuple[Kind, ...] | None:
+        """The kinds that are searched: gates score no width unless they are told to."""
+        return INNER_KINDS if self.kinds is None and self.score == "gates" else self.kinds

@@ -167,12 +167,17 @@ def spaces(model: str | None) -> None:
         rows = [[family.file.stem, name] for family in families() for name in family.models]
         click.echo(table(["search space", "model class"], rows))
         return
+    from dataclasses import replace
+
     from sidt.cost.complexity import shares
     from sidt.export.models import create_model
     from sidt.runs.report import dimensions_table
     from sidt.space.space import space_for
+    from sidt.surgery.heads import with_head
 
-    space = space_for(create_model(model, {}))
+    built = create_model(model, {})
+    space = space_for(built)
+    space = replace(space, streams=with_head(built, space)[1].streams)  # what sidt.align makes of it
     click.echo(dimensions_table(space, shares(space)))
 
 

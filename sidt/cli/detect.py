@@ -129,7 +129,10 @@ def train(source: Path, holdout: str | None, launcher: str, **arguments: Any) ->
 @click.option("--score-images", type=int, help="Training images that the importance is measured on.")
 @click.option("--objective", type=click.Choice(["ap", "loss"]), help="What trials are judged by on held-out images.")
 @_HOLDOUT
-@click.option("--kinds", help="Kinds of dimensions to search, e.g. heads,qk,v,mlp,width.")
+@click.option(
+    "--kinds",
+    help="Kinds of dimensions to search, e.g. heads,qk,v,mlp,width; default: all, the width where it can be rotated.",
+)
 @click.option("--round-to", type=int, help="Sizes become multiples of this.")
 @_INPUT
 @TRIALS

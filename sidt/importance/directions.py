@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sidt.space.space import DimensionSpace
-from sidt.surgery.rotation import helmert_rows, rotatable, takes_mean, turned
+from sidt.surgery.rotation import helmert_rows, norm_size, rotatable, takes_mean, turned
 
 
 def directions_of(model: nn.Module, space: DimensionSpace, width: str) -> Tensor | None:
@@ -14,9 +14,9 @@ def directions_of(model: nn.Module, space: DimensionSpace, width: str) -> Tensor
 
     ``None`` behind an RMSNorm, where the units are the directions.
     """
-    norm, readers = next(iter(rotatable(space)[width].norms.items()))
-    size, columns = space.sizes[width], model.get_parameter(readers[0])[0].numel()
-    if not takes_mean(model.get_submodule(norm), columns):
+    stream, size = rotatable(space)[width], space.sizes[width]
+    norm = next(iter(stream.norms))
+    if not takes_mean(model.get_submodule(norm), norm_size(space, stream, norm)):
         return None
     mean = torch.full((1, size), size**-0.5, dtype=torch.float64)
     return torch.cat([mean, helmert_rows(size).T])

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -50,8 +50,10 @@ class Family:
         parameters: the axes of the parameters.
         attributes: the axes of the attributes that repeat sizes.
         forwards: the module that has the attention forwards.
-        norms: templates of the norms on a width, each with those of the layers that read it; nothing else reads it.
+        norms: templates of the norms on a width, each with those of the layers that read it; nothing else in the model
+            reads it. If none of them is there, it goes out.
         scales: templates of the scales on a width, each with that of the one layer whose output it scales.
+        padded: templates of the norms between which and their readers zeros are put beside the tokens.
     """
 
     file: Path
@@ -62,6 +64,15 @@ class Family:
     forwards: str
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[str, ...]]
+    padded: tuple[str, ...]
+
+    def within(self, prefix: str) -> "Family":
+        """The same of a model inside another, where the names of its modules begin with a prefix."""
+        norms, scales = (
+            {f"{prefix}{name}": tuple(f"{prefix}{other}" for other in others) for name, others in tree.items()}
+            for tree in (self.norms, self.scales)
+        )
+        return replace(self, norms=norms, scales=scales, padded=tuple(f"{prefix}{name}" for name in self.padded))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -101,13 +112,13 @@ def read_family(file: Path) -> Family:
         raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
-    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales"}
+    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales", "padded"}
     if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | more:
         raise InputError(
             f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards, "
-            f"norms, scales)"
+            f"norms, scales, padded)"
         )
-    shapes = {"models": list, "forwards": str}
+    shapes = {"models": list, "forwards": str, "padded": list}
     kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
     for section, content in tree.items():
         shape = shapes.get(section, dict)
@@ -117,8 +128,8 @@ def read_family(file: Path) -> Family:
     attributes = _lines(tree.get("attributes", {}))
     forwards = tree.get("forwards", "sidt.surgery.attention")
     norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
-    parameters = _lines(tree["parameters"])
-    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales)
+    parameters, padded = _lines(tree["parameters"]), tuple(map(str, tree.get("padded", ())))
+    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales, padded)
 
 
 def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

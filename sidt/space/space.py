@@ -296,8 +296,17 @@ def space_for(
         attention,
         family.forwards,
         cost,
-        {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"},
+        {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"}
+        | _pooled_by_maximum(model, places),
     )
+
+
+def _pooled_by_maximum(model: nn.Module, places: Mapping[str, Place]) -> dict[str, str]:
+    """Of the widths whose largest values a timm model's head reads, that these are others in another basis."""
+    if "max" not in str(getattr(model, "global_pool", "")):
+        return {}
+    read = (axes.names(axis) for name, place in places.items() if name.startswith("head") for axis in place.axes)
+    return {width: "its head reads the largest value of each unit" for names in read for width in names}
 
 
 def _seen(alternatives: list[tuple[Axis, ...]], sizes: Mapping[str, int]) -> str:

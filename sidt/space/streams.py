@@ -5,7 +5,7 @@ a norm that does not see the matrix, with linear layers alone after it. What the
 layers read a norm, the file of the family says in its sections ``norms`` and ``scales``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sidt.space.axes import Axis, names
@@ -19,16 +19,26 @@ class Stream:
     Attributes:
         norms: for each norm on it, the weights that read what the norm gives.
         scales: for each scale on it, the weight that writes what is scaled.
+        padded: the norms behind which zeros are put beside what they give, which a shift in their readers would move.
         places: all other tensors, each with the positions of its axes that have the units.
     """
 
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, str]
+    padded: frozenset[str]
     places: Mapping[str, tuple[int, ...]]
+
+    def input_of(self, reader: str) -> int:
+        """The position of the axis of a weight that has what it reads: 1, or 0 of a transposed convolution."""
+        return self.places[reader][-1]
 
 
 def stream_of(
-    width: str, tensors: Mapping[str, tuple[Axis, ...]], layers: Iterable[str], family: Family
+    width: str,
+    tensors: Mapping[str, tuple[Axis, ...]],
+    layers: Collection[str],
+    family: Family,
+    outside: tuple[str, ...] = (),
 ) -> Stream | str:
     """How a width can be rotated, or in a few words why it cannot.
 
@@ -37,16 +47,20 @@ def stream_of(
         tensors: the axes of the model's tensors by name.
         layers: the tensors that are weights of linear layers or convolutions.
         family: says which layers follow a norm or a scale.
+        outside: weights that read what goes out of the backbone: of a norm that nothing in it reads.
     """
     own = {n: t for n, t in tensors.items() if any(width in names(axis) for axis in t)}
     norms: dict[str, tuple[str, ...]] = {}
     scales: dict[str, str] = {}
     for name in own:
         owner = name.rpartition(".")[0]
+        if owner in norms:
+            continue
         if (readers := instances(family.norms, owner)) is not None:
-            norms[owner] = tuple(w for r in readers if (w := f"{r}.weight") in own)
-            if not norms[owner]:
+            inside = tuple(w for r in readers if (w := f"{r}.weight") in own)
+            if not inside and (not outside or outside in norms.values()):
                 return f"what {owner} gives goes out of the model"
+            norms[owner] = inside or outside
         elif (writers := instances(family.scales, name)) is not None:
             scales[name] = f"{writers[0]}.weight"
     behind = {weight for readers in norms.values() for weight in readers}
@@ -58,10 +72,11 @@ def stream_of(
         at = tuple(d for d, axis in enumerate(axes) if width in names(axis))
         if any(len(axes[d]) != 1 for d in at):
             return f"{name} has it beside other units"
-        if 1 in at and name in layers and name not in behind:
+        if (1 in at or name in outside) and name in layers and name not in behind:
             return f"{name} reads it, but not through a norm that only linear layers read"
         is_bias = len(axes) == 1 and f"{owner}.weight" in own and f"{owner}.weight" in layers
         if not (name in layers or is_bias or len(axes) > 2):
             return f"{owner} changes the stream itself"
         places[name] = at
-    return Stream(norms, scales, places)
+    padded = frozenset(norm for norm in norms if instances(dict.fromkeys(family.padded, ()), norm) is not None)
+    return Stream(norms, scales, padded, places)

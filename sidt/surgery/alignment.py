@@ -16,16 +16,18 @@ those of any model; the plan of an aligned model belongs to its weights, not to 
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sidt.space.axes import Axis, term_size
-from sidt.space.space import DimensionSpace
+from sidt.space.axes import Axis, axis_size, term_size
+from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.heads import with_head
 from sidt.surgery.moments import Moments
-from sidt.surgery.narrowing import given_by
-from sidt.surgery.rotation import basis, fold_norms, rotatable, rotate, turned
+from sidt.surgery.narrowing import given_to
+from sidt.surgery.rotation import basis, columns_of, fold_norms, rotatable, rotate, turned
 from sidt.surgery.slicing import is_bilinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +42,9 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
     by their product (qk-norm, the cosine attention of Swin V2), and v that something else reads as well (output gates,
     norms inside the attention).
 
+    A timm model without a head (``num_classes=0``) gets a linear one, where the way back of its features is: it gives
+    the same features, and timm builds it with as many classes as there are features.
+
     Args:
         model: the dense model.
         moments: of its layers' inputs.
@@ -48,6 +53,8 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
         The aligned model, and the moments of its layers' inputs.
     """
     aligned = copy.deepcopy(model)
+    if not set(moments.space.places) <= {name for name, _ in chain(model.named_parameters(), model.named_buffers())}:
+        aligned, _ = with_head(aligned, space_for(model, moments.space.trace.input_size))  # as for the moments
     moments = _rotate(aligned, moments)
     space = moments.space
     changed: dict[tuple[str, int], Tensor] = {}
@@ -69,12 +76,12 @@ def _rotate(model: nn.Module, moments: Moments) -> Moments:
         return moments
     fold_norms(model, space)
     for width, stream in widths.items():
-        inputs = {norm: given_by(model, norm, moments.read_by(readers[0])) for norm, readers in stream.norms.items()}
+        inputs = {norm: given_to(model, moments, stream, norm, readers[0]) for norm, readers in stream.norms.items()}
         matrix = basis(model, space, width, inputs)
         rotate(model, space, width, matrix)
         behind = {weight for readers in stream.norms.values() for weight in readers}
         turn = {
-            (name, row): _turned(moment, space.places[name].axes[1], width, space, matrix)
+            (name, row): _turned(moment, columns_of(space, stream, name), width, space, matrix)
             for (name, row), moment in moments.inputs.items()
             if name in behind
         }
@@ -84,10 +91,10 @@ def _rotate(model: nn.Module, moments: Moments) -> Moments:
 
 
 def _turned(moment: Tensor, axis: Axis, width: str, space: DimensionSpace, matrix: Tensor) -> Tensor:
-    """Second moments, the constant 1 last, of inputs whose units are multiplied by a matrix."""
+    """Second moments of inputs whose units, which come first, are multiplied by a matrix."""
     result = moment.clone()
     for dim in (0, 1):
-        units = result.narrow(dim, 0, len(moment) - 1)
+        units = result.narrow(dim, 0, axis_size(axis, space.sizes))
         units.copy_(turned(units, dim, axis, width, space.sizes, matrix))
     return result
 

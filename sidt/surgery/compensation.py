@@ -64,16 +64,20 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
                 columns = torch.cat([columns, torch.tensor([dense.shape[1]])])
             weight = weight[rows]
             _write(sliced, name, refit(weight[:, columns], weight @ moment[:, columns], moment[columns][:, columns]))
-        for name, (columns, factor, matrix) in narrowed(model, plan, moments).items():
-            rows = torch.from_numpy(kept_indices(space.places[name].axes[0], space.sizes, plan.keep, space.per))
+        for name, reads in narrowed(model, plan, moments).items():
             weight, bias = _with_bias(model, name)
-            near = weight[:, columns] / factor
+            moment = moments.read_by(name)
+            near = weight[:, reads.columns] / reads.factor
             if bias is None:
-                weight, matrix = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1), matrix[:-1]
+                weight = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)
             else:
                 near = torch.cat([near, weight[:, -1:]], 1)
-            cross, seen = weight @ moments.read_by(name) @ matrix.T, matrix @ moments.read_by(name) @ matrix.T
-            _write(sliced, name, refit(near[rows], cross[rows], seen))
+            if not _is_transposed(model, name):  # whose rows are outputs of nothing that a plan drops
+                rows = torch.from_numpy(kept_indices(space.places[name].axes[0], space.sizes, plan.keep, space.per))
+                weight, near = weight[rows], near[rows]
+            cross, seen = reads(moment @ reads.widened(weight).T).T, reads(reads(moment).T)
+            inputs = near.shape[1]  # the constant 1 is one for a layer with a bias
+            _write(sliced, name, refit(near, cross[:, :inputs], seen[:inputs, :inputs]))
     return sliced
 
 
@@ -215,18 +219,32 @@ def readers(space: DimensionSpace) -> list[str]:
 
 
 def _with_bias(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight as float64 [out, in (+ 1)] on the CPU, the bias as its last column, and the bias itself."""
+    """A layer's weight as float64 [out, in (+ 1)] on the CPU, the bias as its last column, and the bias itself.
+
+    A transposed convolution has a row for each output at each entry of its kernel. They share a bias, which so is left
+    out: it stays what it is.
+    """
     owner, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(owner), leaf.replace("weight", "bias"), None)
-    weight = model.get_parameter(name).detach().double().cpu().flatten(1)
+    weight = model.get_parameter(name).detach().double().cpu()
+    if _is_transposed(model, name):
+        return weight.flatten(1).T, None
+    weight = weight.flatten(1)
     if bias is None:
         return weight, None
     return torch.cat([weight, bias.detach().double().cpu()[:, None]], 1), bias
 
 
+def _is_transposed(model: nn.Module, name: str) -> bool:
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "transposed", False)
+
+
 def _write(model: nn.Module, name: str, whole: Tensor) -> None:
     """Give a layer the weight, and the bias if it has one, that ``_with_bias`` would read."""
     weight, bias = model.get_parameter(name), _with_bias(model, name)[1]
+    if _is_transposed(model, name):
+        weight.copy_(whole.T.reshape(weight.shape))
+        return
     columns = weight[0].numel()
     weight.copy_(whole[:, :columns].reshape(weight.shape))
     if bias is not None:

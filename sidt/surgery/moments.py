@@ -21,7 +21,8 @@ from sidt.errors import InputError
 from sidt.files import replacing
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
-from sidt.surgery.rotation import fold_norms, rotatable
+from sidt.surgery.heads import with_head
+from sidt.surgery.rotation import fold_norms, rotatable, taps_of
 from sidt.surgery.slicing import explicit
 
 Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
@@ -40,7 +41,8 @@ class Moments:
     Attributes:
         space: the model's space.
         inputs: for each weight and the first row that reads it: float64 [in + 1, in + 1] on the CPU, the mean of
-            ``x x^T`` over all positions of all images, where x ends with the constant 1.
+            ``x x^T`` over all positions of all images, where x ends with the constant 1. For a convolution behind a
+            norm on a width that can be rotated, x has one unit more: 1 inside the map, 0 where it is padded.
     """
 
     space: DimensionSpace
@@ -118,6 +120,7 @@ def measure_moments(
     or mlp, of those that write q and k, and of those that read a width that can be rotated.
 
     Of what a norm on such a width gives, scale and shift are left out: :func:`sidt.align` folds them into its readers.
+    A timm model whose features go out is given a head first, as :func:`sidt.align` does.
 
     Memory is one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there are.
 
@@ -130,16 +133,24 @@ def measure_moments(
     Raises:
         InputError: there is no batch, or what a layer reads is not finite.
     """
-    space = space or space_for(model)
+    model, space = with_head(model, space or space_for(model))
     wanted = {name for name, place in space.places.items() if not place.is_buffer and _is_wanted(space, place.axes)}
+    padded = {r for stream in rotatable(space).values() for norm in stream.padded for r in stream.norms[norm]}
+    taps: dict[str, int] = {}
     for stream in rotatable(space).values():
-        wanted.update(*stream.norms.values())
+        taps |= {r: taps_of(space, stream, r) for readers in stream.norms.values() for r in readers}
+    wanted |= set(taps)
     totals: dict[Rows, Tensor] = {}
     counts: dict[Rows, int] = {}
     twin, seen = explicit(model, space), 0
     fold_norms(twin, space)
 
     def add(rows: Rows, x: Tensor, weight: Tensor) -> None:
+        if rows[0] in padded:
+            x = x[x.any(1)]  # zeros beside the tokens are no tokens
+        if (count := taps.get(rows[0], 1)) > 1:
+            units = x.unflatten(1, (-1, count))
+            x = torch.cat([units, units.any(1, keepdim=True)], 1).flatten(1)
         x = _with_one(x)
         moment = (x.T @ x).double().cpu()
         totals[rows] = totals[rows] + moment if rows in totals else moment
@@ -176,7 +187,7 @@ def watching(model: nn.Module, wanted: Iterable[str], see: Callable[[Rows, Tenso
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the inputs of linear layers and of convolutions in one group."""
+    """Sees the inputs of linear layers and of convolutions in one group, transposed ones too."""
 
     def __init__(self, weights: Mapping[str, Tensor], see: Callable[[Rows, Tensor, Tensor], None]) -> None:
         super().__init__()
@@ -184,14 +195,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.linear, F.conv2d):
+        if func in LAYERS:
             x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
             rows = rows_of(weight, self.names)
-            if rows is not None and weight.numel():
-                groups = argument(args, kwargs, 6, "groups", 1) if func is F.conv2d else 1
-                if groups == 1:
-                    columns = x if func is F.linear else _patches(x, weight, args, kwargs)
-                    self.see(rows, columns.detach().flatten(0, -2), weight)
+            if rows is not None and weight.numel() and in_one_group(func, args, kwargs):
+                columns = x
+                if func is F.conv2d:
+                    columns = _patches(x, weight, args, kwargs)
+                elif func is F.conv_transpose2d:  # every position by itself
+                    columns = x.movedim(1, -1)
+                self.see(rows, columns.detach().flatten(0, -2), weight)
         return func(*args, **kwargs)
 
 
@@ -200,6 +213,14 @@ def rows_of(weight: Tensor, names: Mapping[int, str]) -> Rows | None:
     whole = weight if id(weight) in names or weight._base is None else weight._base
     name = names.get(id(whole))
     return None if name is None else (name, int(weight.storage_offset()) // max(int(whole.stride(0)), 1))
+
+
+LAYERS = (F.linear, F.conv2d, F.conv_transpose2d)  # what is linear in what it reads
+
+
+def in_one_group(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of one of ``LAYERS`` makes every output of all inputs."""
+    return func is F.linear or argument(args, kwargs, 6, "groups", 1) == 1
 
 
 _MISSING = object()

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sidt.space.axes import Axis, term_size
+from sidt.space.axes import Axis, axis_size, term_size
 from sidt.space.space import DimensionSpace
 from sidt.space.streams import Stream
 
@@ -35,15 +35,20 @@ def takes_mean(norm: nn.Module, size: int) -> bool:
     reference = next(norm.parameters(), torch.ones(()))
     scale, shift = _affine(norm)
     ones = reference.new_ones(1, size)
-    given = norm(ones) - (0 if shift is None else shift)
+    try:
+        out = norm(ones)
+    except RuntimeError:  # one of maps, [B, C, H, W]
+        out = norm(ones[..., None, None])
+    given = out.flatten() - (0 if shift is None else shift)
     return bool((given - (0 if scale is None else scale)).abs().max() > given.abs().max())
 
 
 def fold_norms(model: nn.Module, space: DimensionSpace) -> None:
     """Move scales and shifts of the norms on rotatable widths into the layers that read them, in place.
 
-    A shift that a layer without bias reads stays in the norm, divided by the scale. What a LayerScale does moves into
-    the layer before it.
+    A shift that a layer without bias reads stays in the norm, divided by the scale; as does one that no bias can stand
+    for: it is not in the zeros that a map or a convolution is padded with, and a transposed convolution has another sum
+    of it at every entry of its kernel. What a LayerScale does moves into the layer before it.
     """
     with torch.no_grad():
         for stream in rotatable(space).values():
@@ -55,24 +60,27 @@ def fold_norms(model: nn.Module, space: DimensionSpace) -> None:
                     bias.mul_(gamma)
                 gamma.fill_(1)
             for norm, readers in stream.norms.items():
-                _fold(model, norm, readers)
+                fold_shift = norm not in stream.padded and all(_takes_shift(model, reader) for reader in readers)
+                _fold(model, norm, {reader: stream.input_of(reader) for reader in readers}, fold_shift)
 
 
-def _fold(model: nn.Module, name: str, readers: tuple[str, ...]) -> None:
+def _fold(model: nn.Module, name: str, readers: Mapping[str, int], fold_shift: bool) -> None:
+    """Fold one norm into the weights that read it, each along the axis of its inputs."""
     scale, shift = _affine(model.get_submodule(name))
     if scale is None:
         return
-    biases = [_bias(model, reader) for reader in readers]
-    for reader, bias in zip(readers, biases, strict=True):
+    for reader, dim in readers.items():
         weight = model.get_parameter(reader)
-        if shift is not None and None not in biases:
+        if shift is not None and fold_shift:
+            bias = _bias(model, reader)
             assert bias is not None
-            bias += (weight.double() @ shift.double()).to(bias)
-        weight.mul_(scale)
+            whole = weight.double().movedim(dim, -1).flatten(1, -2) if weight.ndim > 2 else weight.double()[:, None]
+            bias += (whole.sum(1) @ shift.double()).to(bias)
+        weight.mul_(scale.view([-1 if d == dim else 1 for d in range(weight.ndim)]))
     if shift is not None:
         # A unit that the norm scales to nothing is shifted for no reader: its column is zero by now.
         small = scale.abs() <= torch.finfo(scale.dtype).eps * scale.abs().max()
-        shift.copy_(torch.zeros_like(shift) if None not in biases else torch.where(small, 0.0, shift / scale))
+        shift.copy_(torch.zeros_like(shift) if fold_shift else torch.where(small, 0.0, shift / scale))
     scale.fill_(1)
 
 
@@ -88,9 +96,8 @@ def basis(model: nn.Module, space: DimensionSpace, width: str, inputs: Mapping[s
     stream, size = rotatable(space)[width], space.sizes[width]
     mean = torch.zeros(size, size, dtype=torch.float64)
     for norm, moment in inputs.items():
-        axis = space.places[stream.norms[norm][0]].axes[1]
-        mean += _blocks(moment, axis, width, space.sizes) / len(inputs)
-    centred = any(takes_mean(model.get_submodule(norm), _norm_size(space, stream, norm)) for norm in stream.norms)
+        mean += _blocks(moment, units_of(space, stream, norm), width, space.sizes) / len(inputs)
+    centred = any(takes_mean(model.get_submodule(norm), norm_size(space, stream, norm)) for norm in stream.norms)
     if not centred:
         return _sorted(mean).T.contiguous()
     helmert, ones = helmert_rows(size), torch.full((size,), size**-0.5, dtype=torch.float64)
@@ -142,19 +149,47 @@ def _blocks(moment: Tensor, axis: Axis, width: str, sizes: Mapping[str, int]) ->
     return torch.einsum("acibdj,ab,ij->cd", split, *(torch.eye(n, dtype=moment.dtype) for n in (outer, inner)))
 
 
+def units_of(space: DimensionSpace, stream: Stream, norm: str) -> Axis:
+    """The axis of what a norm gives."""
+    reader = stream.norms[norm][0]
+    return space.places[reader].axes[stream.input_of(reader)]
+
+
+def norm_size(space: DimensionSpace, stream: Stream, norm: str) -> int:
+    """How many units a norm is over."""
+    return axis_size(units_of(space, stream, norm), space.sizes)
+
+
+def taps_of(space: DimensionSpace, stream: Stream, reader: str) -> int:
+    """How many positions of the map an output of a reader is made of: the entries of a convolution's kernel."""
+    axes, size = space.places[reader].axes, 1
+    for axis in axes[2:] if stream.input_of(reader) == 1 else ():
+        size *= axis_size(axis, space.sizes)
+    return size
+
+
+def columns_of(space: DimensionSpace, stream: Stream, reader: str) -> Axis:
+    """The axis of all that an output of a reader is made of: the units, each at every entry of the kernel."""
+    (term,) = space.places[reader].axes[stream.input_of(reader)]
+    return ((*term, taps_of(space, stream, reader)),)
+
+
 def _sorted(moment: Tensor) -> Tensor:
     """Eigenvectors as columns, that of the largest value first."""
     vectors: Tensor = torch.linalg.eigh(moment)[1]
     return vectors.flip(1)
 
 
-def _norm_size(space: DimensionSpace, stream: Stream, norm: str) -> int:
-    (term,) = space.places[stream.norms[norm][0]].axes[1]
-    return term_size(term, space.sizes)
-
-
 def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+
+def _takes_shift(model: nn.Module, weight: str) -> bool:
+    """Whether the bias of a layer can take what it reads of a shift."""
+    layer = model.get_submodule(weight.rpartition(".")[0])
+    padding = getattr(layer, "padding", "valid")
+    padded = padding != "valid" if isinstance(padding, str) else any(padding)
+    return _bias(model, weight) is not None and not padded and not getattr(layer, "transposed", False)
 
 
 def _bias(model: nn.Module, weight: str) -> Tensor | None:

@@ -193,6 +193,8 @@ def test_spaces(sidt_command):
     assert code == 0 and all(name in out for name in ("vit", "swin", "swin_v2", "pvt_v2"))
     code, out, _ = sidt_command("spaces", "vit_tiny_patch16_224")
     assert code == 0 and "hidden.11" in out and "3 x 64" in out
+    code, out, _ = sidt_command("spaces", "vit_small_patch14_dinov2")  # has no head, and gets one
+    assert code == 0 and "embed: can be rotated" in out
 
 
 def test_mistakes_of_arguments(mistake, config, tmp_path):

@@ -16,7 +16,9 @@ from sidt.surgery.slicing import slice_model
 
 RMS = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "norm_layer": "rmsnorm"}, label="rmsnorm")
 SCALED = Backbone("vit_tiny_patch16_224", {"depth": 2, "img_size": 64, "init_values": 0.5}, label="scaled")
-ALL = (*BACKBONES, RMS, SCALED)
+SWIN = {"depths": (1, 2, 1, 1), "img_size": 96, "embed_dim": 24, "num_heads": (2, 2, 2, 2)}
+PADDED = Backbone("swin_tiny_patch4_window7_224", SWIN, label="padded")  # zeros beside the tokens in every stage
+ALL = (*BACKBONES, RMS, SCALED, PADDED)
 # timm's ViT without a norm or an embedding that changes the stream itself.
 WHOLE = ("vit_tiny", "deit", "dinov2", "beit3")
 
@@ -62,11 +64,55 @@ def test_which_widths_can_be_rotated(backbone):
         assert whole or all(isinstance(reason, str) and reason for reason in space.streams.values())
 
 
-def test_features_that_go_out_keep_their_basis():
-    model = Backbone("vit_tiny_patch16_224", {"depth": 1, "img_size": 32}).create(depth=1, img_size=32, num_classes=0)
-    assert space_for(model).streams["embed"] == "what norm gives goes out of the model"
-    images = torch.randn(2, 3, 32, 32)
-    aligned, _ = sidt.align(model.eval(), sidt.measure_moments(model, [(images, None)]))
+TINY = {"depth": 1, "img_size": 32, "num_classes": 0}
+HEADLESS = (
+    ("vit_tiny_patch16_224", TINY),
+    ("vit_tiny_patch16_224", TINY | {"global_pool": ""}),
+    ("vit_tiny_patch16_224", TINY | {"global_pool": "avg", "fc_norm": False}),  # its head reads the mean of the tokens
+    ("deit_tiny_distilled_patch16_224", TINY),
+    ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 64, "num_classes": 0}),
+)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), HEADLESS)
+def test_a_model_without_a_head_gives_the_same_features(name, kwargs, tmp_path):
+    """The way back is in a head, of a model that timm builds; what is left of the width is refitted to the features."""
+    model = shake(Backbone(name).create(**kwargs)).eval().double()
+    assert "goes out of the model" in list(space_for(model).streams.values())[-1]
+    batch = torch.randn(8, 3, kwargs["img_size"], kwargs["img_size"], dtype=torch.float64)
+    aligned, moments = sidt.align(model, sidt.measure_moments(model, [(batch, None)]))
+    features = outputs(model, batch)[0]
+    assert float((outputs(aligned, batch)[0] - features).abs().max()) <= 1e-9 * float(features.abs().max())
+    *_, width = moments.space.rotated()
+    plan = DimensionPlan(moments.space, {width: np.arange(moments.space.sizes[width] // 2)})
+    repaired = sidt.compensate(aligned, plan, moments)
+    errors = [float((outputs(m, batch)[0] - features).norm()) for m in (slice_model(aligned, plan), repaired)]
+    assert errors[1] < 0.1 * errors[0]
+    repaired = repaired.float()
+    sidt.save(repaired, tmp_path, name=name, args={**kwargs, "num_classes": features.shape[-1]})
+    assert torch.equal(outputs(sidt.load(tmp_path), batch.float())[0], outputs(repaired, batch.float())[0])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("classes", [0, 7])
+def test_units_that_are_pooled_by_their_maximum_keep_their_basis(name, classes):
+    kwargs = SWIN if name.startswith("swin") else {"depth": 1, "img_size": 96}
+    model = Backbone(name).create(**kwargs, num_classes=classes, global_pool="avgmax").eval().double()
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    aligned, moments = sidt.align(model, sidt.measure_moments(model, [(images, None)]))
+    expected = outputs(model, images)[0]
+    assert float((outputs(aligned, images)[0] - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+    *_, last = moments.space.streams
+    assert last not in moments.space.rotated()
+    assert "largest value" in moments.space.streams[last] or classes == 0
+
+
+def test_features_that_no_head_can_give_keep_their_basis():
+    """timm builds no Swin with a head and without pooling."""
+    model = Backbone("swin_tiny_patch4_window7_224").create(**SWIN, num_classes=0, global_pool="").eval()
+    images = torch.randn(2, 3, 96, 96)
+    aligned, moments = sidt.align(model, sidt.measure_moments(model, [(images, None)]))
+    assert aligned.num_classes == 0 and moments.space.rotated() == ["embed.1", "embed.2"]
     assert_close(outputs(aligned, images)[0], outputs(model, images)[0], rtol=1e-4, atol=1e-4)
 
 

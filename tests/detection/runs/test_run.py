@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.hooks import Hook
@@ -105,7 +106,22 @@ def test_the_budget_is_met_by_the_backbone(run):
     sizes = [sum(p.numel() for p in model.backbone.parameters()) for model in (dense, sliced, tuned)]
     assert 0.6 * 0.99 * sizes[0] <= sizes[1] <= 0.6 * sizes[0] and sizes[1] == sizes[2]
     rest = [sum(p.numel() for n, p in m.named_parameters() if not n.startswith("backbone")) for m in (dense, sliced)]
-    assert rest[0] == rest[1]
+    channels = [sum(m.neck.in_channels) for m in (dense, sliced)]
+    assert rest[0] - rest[1] == 16 * (channels[0] - channels[1]) >= 0  # its 1 x 1 convolutions follow the width
+
+
+def test_a_run_remembers_what_is_rotated(run):
+    """A width is searched with all else; a search that starts from the sliced detector keeps its first units too."""
+    assert "sidt_rotated" not in (run / "dense" / "config.py").read_text()
+    for name in ("sliced", "."):
+        detector, config = load_detector(run / name)
+        space = detector_space(detector, config.model, (3, 64, 64))
+        assert space.rotated() == ["embed.1", "embed.2"]
+    keep = json.loads((run / "plan.json").read_text())["keep"]
+    assert all(keep[width] == list(range(len(keep[width]))) for width in ("embed.1", "embed.2"))
+    scores = load_file(run / "scores.safetensors")
+    directions = scores["embed.2"]
+    assert directions[:8].sum() > directions[-8:].sum()  # of the aligned detector
 
 
 def test_fine_tuning_moves_the_sliced_weights_only_a_little(run):
@@ -160,6 +176,8 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     assert after["values"][:2] == before["values"] and len(after["values"]) == 3
     assert not any("scores" in line for line in said)  # they were not measured again
     # The fine-tuned detector may be of another plan now, and then it is not shown beside the sliced one.
+    assert load_detector(folder / "sliced")[0].sidt_rotated == ("embed.1", "embed.2")  # base/ was read again
+    shutil.copytree(run / "sliced", folder / "sliced", dirs_exist_ok=True)
     plan = folder / "sliced" / "plan.json"
     plan.write_text(plan.read_text().replace("[", "[ "))
     assert "fine-tuned" in pipeline.evaluate(open_run(folder), latency=False)
@@ -168,6 +186,35 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     plan.write_text(json.dumps(keep))
     with pytest.raises(InputError, match="finetune"):
         pipeline.evaluate(open_run(folder), latency=False)
+
+
+PLAIN = """
+_base_ = "{base}"
+model = dict(
+    backbone=dict(args=dict(img_size=64, embed_dim=32, depth=2)),
+    neck=dict(in_channels=32, out_channels=16, hidden_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, norm_cfg=dict(num_groups=4)),
+)
+"""
+
+
+def test_a_plain_vit_is_searched_behind_one_more_layer(data, tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text(PLAIN.format(base=CONFIGS / "digits_vit.py") + SEARCH)
+    dense = random_detector(read_config(path))
+    torch.save(dense.state_dict(), tmp_path / "dense.pth")
+    run = opened(path, data, tmp_path / "run", objective="loss", trials=2, budget={"params": 0.3})
+    pipeline.take_checkpoint(run, tmp_path / "dense.pth")
+    pipeline.search(run, print)
+    before, after = (load_detector(run.folder / name) for name in ("dense", "sliced"))
+    assert "pooled_channels" not in before[1].model.neck and not hasattr(before[0], "sidt_rotated")
+    neck = after[1].model.neck
+    assert neck.pooled_channels == 32 > neck.in_channels >= 2 and after[0].sidt_rotated == ("embed",)
+    kept = sum(p.numel() for p in after[0].backbone.parameters())
+    assert kept <= 0.3 * sum(p.numel() for p in before[0].backbone.parameters())
+    counted = opened(path, data, tmp_path / "run", on="detector")  # where that layer would be part of the budget
+    pipeline.search(counted, print)
+    assert "pooled_channels" not in load_detector(run.folder / "sliced")[1].model.neck
 
 
 def test_evaluation_needs_no_training_data(config, data, checkpoint, tmp_path):
