@@ -361,7 +361,13 @@ def plan_at(
         plain, near = allocate(importance, budget, **options).sizes, stepped(rules) if latencies else rules
         free = [name for name in space.rotated() if name in rules.free(space)]
         sizes = {n: _near(plain[n] * 2.0**factor, space.sizes[n], near) for n in free}
-    return allocate(importance, budget, **options, multipliers=_multipliers(space, knobs), sizes=sizes)
+    options["multipliers"] = _multipliers(space, knobs)
+    plan = allocate(importance, budget, **options, sizes=sizes)
+    others = rules.free(space) - set(sizes)
+    if sizes and all(plan.sizes[name] == space.sizes[name] for name in others):
+        # With so little width, all the rest does not use the budget: the width is then what the ranking makes it.
+        plan = allocate(importance, budget, **options)
+    return plan
 
 
 def _measure(budget: Budget, costs: PlanCosts, latencies: LayerLatencies | None) -> tuple[str, float]:

@@ -4,6 +4,7 @@ import numpy as np
 import optuna
 import pytest
 from backbones import SWIN, VIT_TINY, dense
+from layer_tables import rotated_space
 
 from sidt import Budget, allocate, importance, search
 from sidt.allocation.greedy import Rules
@@ -245,3 +246,14 @@ def test_bad_input(refused, tmp_path):
     model, found = scores()
     with refused("smallest reachable params"):
         search(model, found, Budget(params=0.001), hidden(0), progress=False)
+
+
+def test_so_little_width_that_the_budget_is_not_used_is_not_taken():
+    """With a half of the width everything else would fit whole; the plan still uses the budget."""
+    space = rotated_space(VIT_TINY)
+    found, costs = importance.random(dense(VIT_TINY)[0], seed=0, space=space), PlanCosts(space)
+    plan = plan_at(found, Budget(params=0.9), {"width": -1.0})
+    used = costs.of(np.array([plan.sizes[n] for n in costs.names]))[0] / costs.dense[0]
+    assert 0.99 * 0.9 <= used <= 0.9
+    less = plan_at(found, Budget(params=0.2), {"width": -0.25}).sizes["embed"]
+    assert less < allocate(found, Budget(params=0.2)).sizes["embed"]
