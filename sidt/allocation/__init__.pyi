@@ -1,9 +1,13 @@
+from .curve import Point as Point
+from .curve import knees as knees
+from .curve import nearest as nearest
 from .greedy import Rules as Rules
 from .greedy import allocate as allocate
 from .greedy import uniform as uniform
+from .knobs import plan_at as plan_at
+from .paying import compare_layers as compare_layers
 from .study import Gain as Gain
 from .study import SearchResult as SearchResult
 from .study import search as search
-from .timing import compare_layers as compare_layers
 from .timing import fit_latency as fit_latency
 from .timing import measure_layers as measure_layers

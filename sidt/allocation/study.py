@@ -1,9 +1,7 @@
-"""The search: an Optuna study over what a ranking cannot know.
+"""The search: an Optuna study over what a ranking cannot know (:mod:`sidt.allocation.knobs`).
 
-Scores rank the units inside a dimension; how far scores of different kinds and depths can be compared is searched:
-one multiplier for each kind and for each quarter of the depth. How much of a rotated width to keep against everything
-else is searched too, as a factor on what the ranking keeps. The first trial has all factors at 1, which is the plain
-ranking, and every trial is projected onto the budget by :func:`sidt.allocate`.
+The first trial has all factors at 1, which is the plain ranking, and every trial is projected onto the budget by
+:func:`sidt.allocate`. In Pareto mode the budget is searched as well (:mod:`sidt.allocation.curve`).
 
 An objective that gives its scores in parts costs less: after every part, Optuna's WilcoxonPruner stops a trial whose
 parts are worse than the best trial's beyond noise.
@@ -27,15 +25,15 @@ from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from sidt.allocation.greedy import Rules, allocate, stepped
+from sidt.allocation.curve import Point, along, nearest, place_on_curve, reachable
+from sidt.allocation.greedy import Rules, allocate
+from sidt.allocation.knobs import WIDTH, knobs_of, plan_at
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
 from sidt.errors import InputError
 from sidt.importance.scores import Importance
-from sidt.space.families import KINDS
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import DimensionSpace
 from sidt.surgery.slicing import slice_model
 
 Values = npt.NDArray[np.float64]
@@ -43,16 +41,9 @@ Objective = Callable[[nn.Module], npt.NDArray[Any] | Iterable[npt.NDArray[Any]]]
 Sampler = Literal["tpe", "cmaes", "gp", "random"]
 Multipliers = Mapping[str, float]  # log2 of the factors, by knob
 
-_DEPTHS = 4
-_WIDTH = "width"
-# log2 of the factor on the rotated widths of the plain ranking, and those that are tried first: how much width against
-# how much of everything else is what no ranking knows.
-_WIDTH_RANGE, _WIDTH_FIRST = (-1.0, 0.5), (-0.25, -0.5, -0.75, 0.25)
-_LOG2_RANGE = 2.0  # multipliers between 1/4 and 4: beyond, plans were only worse than the plain ranking
+# log2 of the factors on the width of the plain ranking that are tried first.
+_WIDTH_FIRST = (-0.25, -0.5, -0.75, 0.25)
 _STARTUP = 5  # random trials before the sampler learns; the plain ranking is a good start already
-# Parts of the dense model's cost, which Pareto mode starts with, by the plain ranking and with less width; it goes
-# from the least of them that can be reached to the dense model.
-_SHARES, _SPLIT = (0.6, 0.4, 0.25, 0.15, 0.1), -0.5
 _PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless trial in ten goes on to its end
 _FIRST_PARTS = 2  # no trial is stopped before
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -96,25 +87,6 @@ class Gain:
         return f"the search found nothing beyond noise: {numbers} against the plain ranking"
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of the curve that Pareto mode finds.
-
-    Attributes:
-        value: mean score on the held-out data.
-        share: the part of the dense model's cost, in what the budget bounds.
-        params: parameters.
-        macs: multiply-adds.
-        knobs: of the trial: with them :func:`plan_at` gives a plan at any budget near this one.
-    """
-
-    value: float
-    share: float
-    params: int
-    macs: int
-    knobs: Mapping[str, float]
-
-
 @dataclass(frozen=True, eq=False)
 class SearchResult:
     """What a search found.
@@ -122,7 +94,7 @@ class SearchResult:
     Attributes:
         plan: the plan of the best trial.
         plain: the plan of the plain ranking.
-        value: the best trial's mean score on the held-out data.
+        value: the best trial's mean score on the held-out data; in Pareto mode, that of the point nearest the budget.
         plain_value: the plain ranking's.
         gain: both on fresh data, if there was any.
         multipliers: log2 of the best trial's multipliers, to warm-start another search.
@@ -201,9 +173,9 @@ def search(
         raise InputError(f"jobs is {jobs}; it must be at least 1")
     rules = rules or Rules()
     space, costs = importance.space, PlanCosts(importance.space)
-    ranges = _knobs(space, rules)
+    ranges = knobs_of(space, rules)
     plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
-    kind, limit = _measure(budget, costs, latencies) if pareto else ("", 1.0)
+    kind, limit = place_on_curve(budget, costs, latencies) if pareto else ("", 1.0)
     name = _name(importance, budget, rules, kind, label if latencies is None else f"{label} {latencies.digest()}")
 
     def plan_of(params: Mapping[str, float]) -> DimensionPlan:
@@ -233,11 +205,10 @@ def search(
 
     make = slicer or (lambda plan: slice_model(model, plan))
     start = dict.fromkeys(ranges, 0.0) | ({"share": limit} if pareto else {})
-    shares = _reachable(importance, kind, limit, rules, latencies) if pareto else []
-    splits = [start | {_WIDTH: factor} for factor in _WIDTH_FIRST] if _WIDTH in ranges else []
+    splits = [start | {WIDTH: factor} for factor in _WIDTH_FIRST] if WIDTH in ranges else []
     if pareto:
-        starts = [start, start | {_WIDTH: _SPLIT}] if splits else [start]
-        splits = [known | {"share": share} for known in starts for share in shares]
+        shares = reachable(importance, kind, limit, rules, latencies)
+        splits = along(start, shares, narrower=WIDTH in ranges)
     first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
         study = _open(storage, name, pareto)
@@ -260,20 +231,21 @@ def search(
                 raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
     finished = study.get_trials(states=(TrialState.COMPLETE,))
     plain_trial = next((t for t in finished if t.params == start), None)
-    if plain_trial is None:
+    if not finished or (plain_trial is None and not pareto):
         raise InputError(f"no trial finished within timeout={timeout} s; give the search more time")
+    # A curve may be of another budget's search, whose plain ranking was judged at that budget.
+    plain_value = plain_trial.values[0] if plain_trial else float(_whole(objective(make(plain_plan))).mean())
     front = _front(study.best_trials) if pareto else ()
     # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
     best = max(finished, key=lambda t: (t.values[0], -t.number))
+    value, knobs = best.values[0], best.params
     if pareto:
-        near = nearest(front, limit)
-        best = next(t for t in finished if t.params == near.knobs)
-    plan = plan_at(importance, budget, best.params, rules=rules, latencies=latencies)
+        point = nearest(front, limit)
+        value, knobs = point.value, dict(point.knobs)
+    plan = plan_at(importance, budget, knobs, rules=rules, latencies=latencies)
     gain = _gain(make(plain_plan), make(plan), fresh) if fresh is not None else None
     pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
-    return SearchResult(
-        plan, plain_plan, best.values[0], plain_trial.values[0], gain, best.params, pruned, front, study
-    )
+    return SearchResult(plan, plain_plan, value, plain_value, gain, knobs, pruned, front, study)
 
 
 def _parts(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Iterable[npt.NDArray[Any]]:
@@ -305,127 +277,19 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP)
 
 
+def _cost(costs: PlanCosts, plan: DimensionPlan) -> npt.NDArray[np.int64]:
+    sizes = plan.sizes
+    return costs.of(np.array([sizes[n] for n in costs.names], dtype=np.int64))
+
+
 def _front(trials: list[FrozenTrial]) -> tuple[Point, ...]:
+    """The trials that no other beats, cheapest first."""
     ordered = sorted(trials, key=lambda t: (t.values[1], t.number))
     first = {tuple(t.values): t for t in reversed(ordered)}  # of equal ones, the earliest
     points = [
         Point(t.values[0], t.values[1], t.user_attrs["params"], t.user_attrs["macs"], t.params) for t in first.values()
     ]
     return tuple(reversed(points))
-
-
-def nearest(front: Sequence[Point], share: float) -> Point:
-    """The point of a curve whose cost is nearest, as a ratio."""
-    return min(front, key=lambda point: abs(np.log(point.share / share)))
-
-
-def knees(front: Sequence[Point]) -> list[Point]:
-    """The points where a curve bends: the corners of its convex hull, over the logarithm of the share."""
-    hull: list[Point] = []
-    for point in sorted(front, key=lambda p: p.share):
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-            hull.pop()
-        if not hull or point.share > hull[-1].share:
-            hull.append(point)
-    return hull
-
-
-def _slope(low: Point, high: Point) -> float:
-    return (high.value - low.value) / float(np.log(high.share / low.share))
-
-
-def plan_at(
-    importance: Importance,
-    budget: Budget,
-    knobs: Mapping[str, float],
-    *,
-    rules: Rules | None = None,
-    latencies: LayerLatencies | None = None,
-) -> DimensionPlan:
-    """The plan of a trial's knobs at a budget, be it another one than the trial's.
-
-    Args:
-        importance: the scores.
-        budget: what the plan may cost.
-        knobs: log2 of the factors, by knob (``SearchResult.multipliers``, ``Point.knobs``).
-        rules: what allocation may do.
-        latencies: of the layers, for a budget with a latency.
-
-    Raises:
-        InputError: the budget cannot be met.
-    """
-    rules, space = rules or Rules(), importance.space
-    options: dict[str, Any] = {**asdict(rules), "latencies": latencies}
-    factor, sizes = knobs.get(_WIDTH, 0.0), {}
-    if factor:
-        plain, near = allocate(importance, budget, **options).sizes, stepped(rules) if latencies else rules
-        free = [name for name in space.rotated() if name in rules.free(space)]
-        sizes = {n: _near(plain[n] * 2.0**factor, space.sizes[n], near) for n in free}
-    options["multipliers"] = _multipliers(space, knobs)
-    plan = allocate(importance, budget, **options, sizes=sizes)
-    others = rules.free(space) - set(sizes)
-    if sizes and all(plan.sizes[name] == space.sizes[name] for name in others):
-        # With so little width, all the rest does not use the budget: the width is then what the ranking makes it.
-        plan = allocate(importance, budget, **options)
-    return plan
-
-
-def _measure(budget: Budget, costs: PlanCosts, latencies: LayerLatencies | None) -> tuple[str, float]:
-    """What a budget with one bound bounds, and to which part of the dense model's."""
-    (kind, *others) = [name for name in ("params", "macs", "latency") if getattr(budget, name) is not None]
-    if others:
-        raise InputError(f"the budget {budget} has several bounds; a Pareto search goes along one: give one of them")
-    dense = [*costs.dense[:2], round(latencies.dense_ms * 1e6) if latencies else 1]
-    bound = budget.bounds(*map(int, dense))[("params", "macs", "latency").index(kind)]
-    assert bound is not None
-    return kind, min(1.0, bound / int(dense[("params", "macs", "latency").index(kind)]))
-
-
-def _reachable(
-    importance: Importance, kind: str, limit: float, rules: Rules, latencies: LayerLatencies | None
-) -> list[float]:
-    """The parts of the dense model's cost that a Pareto search starts with, the least one that can be met last."""
-    found = []
-    for share in _SHARES:
-        try:
-            allocate(importance, Budget(**{kind: share}), **asdict(rules), latencies=latencies)
-        except InputError:
-            break
-        found.append(share)
-    return found if found and found[-1] <= limit else [*found, limit]
-
-
-def _knobs(space: DimensionSpace, rules: Rules) -> dict[str, tuple[float, float]]:
-    """What is searched, with its range. Multipliers are relative, so the first kind and the first depth have none."""
-    free = [d for d in space.dimensions.values() if d.name in rules.free(space)]
-    kinds = [k for k in KINDS[1:] + KINDS[:1] if any(d.kind == k and not d.ordered for d in free)]
-    names = [f"kind.{kind}" for kind in kinds[1:]]
-    names += [f"depth.{depth}" for depth in range(1, min(_DEPTHS, len(space.blocks())))]
-    width = {_WIDTH: _WIDTH_RANGE} if any(d.ordered for d in free) else {}
-    return width | dict.fromkeys(names, (-_LOG2_RANGE, _LOG2_RANGE))
-
-
-def _near(size: float, whole: int, rules: Rules) -> int:
-    """The size of a width that the rules allow nearest to one, of at most the whole."""
-    step = rules.round_to
-    return min(whole, max(round(size / step) * step, step, 2))
-
-
-def _multipliers(space: DimensionSpace, params: Mapping[str, float]) -> dict[str, float]:
-    blocks = space.blocks()
-    depths = min(_DEPTHS, len(blocks))
-    found = {}
-    for dimension in space.dimensions.values():
-        exponent = params.get(f"kind.{dimension.kind}", 0.0)
-        if dimension.index in blocks:
-            exponent += params.get(f"depth.{blocks.index(dimension.index) * depths // len(blocks)}", 0.0)
-        found[dimension.name] = 2.0**exponent
-    return found
-
-
-def _cost(costs: PlanCosts, plan: DimensionPlan) -> npt.NDArray[np.int64]:
-    sizes = plan.sizes
-    return costs.of(np.array([sizes[n] for n in costs.names], dtype=np.int64))
 
 
 def _gain(plain: nn.Module, found: nn.Module, fresh: Objective) -> Gain:

@@ -114,7 +114,7 @@ def slice_(at: float | None, **arguments: Any) -> None:
     """Slice the dense model by the plan."""
     from sidt.runs import pipeline
 
-    _do(lambda run: pipeline.slice_(run, at), _open(**arguments))
+    _do(lambda run: pipeline.slice_(run, at, click.echo), _open(**arguments))
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from sidt.errors import InputError
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NANOSECONDS = {"s": 1e9, "ms": 1e6, "us": 1e3}
-_BOUNDS = ("params", "macs", "latency")
+BOUNDS = ("params", "macs", "latency")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,17 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Check every bound."""
-        if all(getattr(self, name) is None for name in _BOUNDS):
+        if not self.bounded:
             raise InputError(
                 "a budget needs params=, macs= or latency=, for example Budget(params=0.6) for 40 % fewer parameters"
             )
-        for name in _BOUNDS:
+        for name in BOUNDS:
             _parse(name, getattr(self, name))
+
+    @property
+    def bounded(self) -> list[str]:
+        """The names of what has a bound."""
+        return [name for name in BOUNDS if getattr(self, name) is not None]
 
     def bounds(self, *dense: int) -> tuple[int | None, ...]:
         """The largest whole numbers that are allowed.
@@ -53,12 +58,12 @@ class Budget:
         Raises:
             InputError: a latency is bounded that was not measured.
         """
-        if self.latency is not None and len(dense) < len(_BOUNDS):
+        if self.latency is not None and len(dense) < len(BOUNDS):
             raise InputError(
                 f"the budget latency={self.latency!r} needs measured layers: give allocate() or search() "
                 f"latencies=sidt.measure_layers(model, space), or use `sidt search`, which measures them"
             )
-        parsed = [_parse(name, getattr(self, name)) for name in _BOUNDS[: len(dense)]]
+        parsed = [_parse(name, getattr(self, name)) for name in BOUNDS[: len(dense)]]
         # The tiny slack keeps 0.1 * 30 from becoming 2.
         return tuple(
             None if p is None else math.floor(p * d + 1e-6) if p <= 1 else math.floor(p)
@@ -67,7 +72,7 @@ class Budget:
 
     def __str__(self) -> str:
         """The bounds as they were given."""
-        return ", ".join(f"{n}={v}" for n in _BOUNDS if (v := getattr(self, n)) is not None)
+        return ", ".join(f"{n}={v}" for n in BOUNDS if (v := getattr(self, n)) is not None)
 
 
 def _parse(name: str, value: float | int | str | None) -> float | None:

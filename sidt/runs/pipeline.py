@@ -14,7 +14,7 @@ same. What its layers read is measured once, by score, for the repair of every s
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -24,8 +24,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from sidt.allocation.curve import Point, nearest
 from sidt.allocation.greedy import Rules
-from sidt.allocation.study import Gain, Point, knees, nearest, plan_at
+from sidt.allocation.knobs import plan_at
+from sidt.allocation.study import Gain
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
@@ -77,7 +79,7 @@ def train(run: Run) -> str:
             "the model has no weights: set train, model.checkpoint, or model.pretrained=true in the config"
         )
     save(model.cpu(), run.folder / "dense", name=config.model.name, args=config.model.args)
-    accuracy = _percent(top1(model, data.holdout, device=run.device))
+    accuracy = reporting.percent(top1(model, data.holdout, device=run.device))
     return f"dense model: {accuracy} on held-out images -> {run.folder / 'dense'}"
 
 
@@ -171,6 +173,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         run.folder / SEARCH,
         {
             "budget": str(budget),
+            "bounds": budget.bounded[0],
             "dense": dense,
             "plain": result.plain_value,
             "best": result.value,
@@ -198,17 +201,18 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
 
 
-def slice_(run: Run, at: float | None = None) -> str:
+def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print) -> str:
     """Slice the dense model by the plan, and repair what lost inputs.
 
     Args:
         run: the run.
         at: the part of the dense model's cost that may stay: another point of the curve that a Pareto search found
             than that of the budget; it becomes the run's plan.
+        say: told what is measured for it, where the curve is of milliseconds.
     """
     model = base_model(run)
     if at is not None:
-        _take_point(run, model, at)
+        _take_point(run, model, at, say)
     plan = searched_plan(run, space_for(model))
     small = _slicer(run, model)(plan)
     if run.config.repair:
@@ -220,22 +224,29 @@ def slice_(run: Run, at: float | None = None) -> str:
     return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
 
 
-def _take_point(run: Run, model: nn.Module, at: float) -> None:
+def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None]) -> None:
     """Make a point of the curve the run's plan."""
-    front = [Point(**point) for point in read_json(existing(run, SEARCH, "search --pareto"))["front"]]
+    found, config = read_json(existing(run, SEARCH, "search --pareto")), run.config.search
+    front = _curve(run, found)
     if not front:
         raise InputError(f"{run.folder} has no curve to take {at} from; run `sidt search {run.folder} --pareto` first")
     least = min(point.share for point in front)
-    if not least * (1 - 1e-9) <= at <= 1:
+    if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
-    config, space = run.config.search, space_for(model)
-    scores = load_importance(existing(run, "scores.safetensors", "score"), space)
+    scores = load_importance(existing(run, "scores.safetensors", "score"), space_for(model))
     rules = Rules(config.kinds, config.freeze, config.min_units, config.round_to)
-    given = run.config.budget
-    kind = next(name for name in ("params", "macs", "latency") if getattr(given, name) is not None)
-    budget = Budget(**{kind: float(at)})
-    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, lambda _: None)
+    budget = Budget(**{found["bounds"]: float(at)})
+    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
     plan_at(scores, budget, nearest(front, at).knobs, rules=rules, latencies=latencies).save(run.folder / PLAN)
+    write_json(run.folder / SEARCH, {**found, "at": at})
+
+
+def _curve(run: Run, found: dict[str, Any]) -> list[Point]:
+    """The curve that the search left."""
+    try:
+        return [Point(**point) for point in found["front"]]
+    except (KeyError, TypeError):
+        raise InputError(f"{run.folder / SEARCH} is damaged or of an earlier version; search again") from None
 
 
 def finetune(run: Run) -> str:
@@ -247,7 +258,8 @@ def finetune(run: Run) -> str:
         loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
     _fit(run, model, data, config.finetune, "finetune", loss)
     save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
-    return f"fine-tuned: {_percent(top1(model, data.holdout, device=run.device))} on held-out images -> {run.folder}"
+    accuracy = reporting.percent(top1(model, data.holdout, device=run.device))
+    return f"fine-tuned: {accuracy} on held-out images -> {run.folder}"
 
 
 def evaluate(run: Run) -> str:
@@ -272,7 +284,7 @@ def evaluate(run: Run) -> str:
             "device": run.device,
         }
     write_json(run.folder / "evaluation.json", rows)
-    return _results_table(rows)
+    return reporting.results_table(rows)
 
 
 def write_report(run: Run) -> str:
@@ -283,14 +295,12 @@ def write_report(run: Run) -> str:
     rows = read_json(existing(run, "evaluation.json", "evaluate"))
     check_one_plan(run)
     reporting.plot_kept(plan, run.folder / "kept.png")
-    front, curve, judged_by = search_result["front"], "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
-    if front:
-        points = [Point(**point) for point in front]
-        kind = search_result["budget"].partition("=")[0]
-        curve = _knee_table(points, space, judged_by)
-        reporting.plot_front(
-            [(p.value, p.share) for p in points], search_result["dense"], kind, judged_by, run.folder / "search.png"
-        )
+    curve, judged_by = "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
+    if front := _curve(run, search_result):
+        points = [(point.value, point.share) for point in front]
+        kind, picture = search_result["bounds"], run.folder / "search.png"
+        reporting.plot_front(points, search_result["dense"], kind, judged_by, picture)
+        curve = reporting.curve_text(front, space, judged_by)
     else:
         reporting.plot_search(
             search_result["values"],
@@ -300,10 +310,11 @@ def write_report(run: Run) -> str:
             run.folder / "search.png",
         )
     costs = reporting.complexity_text(report(space, by="block"), report(space, plan.sizes, by="block"), "md")
-    gain = search_result["gain"]
-    text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}
+    gain, at = search_result["gain"], search_result.get("at")
+    taken = "" if at is None else f", sliced at {search_result['bounds']}={at} of the curve"
+    text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}{taken}
 
-{_results_table(rows, "md")}
+{reporting.results_table(rows, "md")}
 
 Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
 
@@ -394,33 +405,3 @@ def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: st
             shutil.rmtree(old)
     history = fit(model, data.train, config, val=data.holdout, folder=own, loss=loss, label=step)
     write_json(run.folder / f"{step}.json", history)
-
-
-def _knee_table(front: Sequence[Point], space: DimensionSpace, judged_by: str) -> str:
-    """Where the curve of a Pareto search bends."""
-    dense = report(space)
-    cells = [
-        [f"{p.share:.3g}", f"{p.value:.4f}", p.params, _percent(p.params / dense.params), p.macs]
-        for p in sorted(knees(front), key=lambda p: -p.share)
-    ]
-    shown = reporting.table(["--at", judged_by, "params", "kept", "MACs"], cells, "md")
-    return f"Where the curve bends; `sidt slice RUN --at SHARE` takes any point of it:\n\n{shown}\n\n"
-
-
-def _results_table(rows: dict[str, Any], style: reporting.Format = "table") -> str:
-    headers = ["model", "top-1", "params", "MACs", "latency (ms)"]
-    cells = [
-        [
-            name,
-            f"{_percent(r['top1'])} +- {100 * r['error']:.2f}",
-            r["params"],
-            r["macs"],
-            f"{r['latency_ms']:.2f}",
-        ]
-        for name, r in rows.items()
-    ]
-    return reporting.table(headers, cells, style)
-
-
-def _percent(part: float) -> str:
-    return f"{part:.2%}"

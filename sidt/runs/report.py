@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from sidt.allocation.timing import LayerTime
-from sidt.cost.complexity import ComplexityReport
+from sidt.allocation.curve import Point, knees
+from sidt.allocation.paying import LayerTime
+from sidt.cost.complexity import ComplexityReport, report
 from sidt.files import replacing
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
@@ -101,6 +102,38 @@ def _aligned(dense: ComplexityReport, sliced: ComplexityReport | None) -> dict[s
     by_name = [{row.name: row for row in r.rows} for r in reports]
     aligned: dict[str, list[Any]] = {name: [rows.get(name) for rows in by_name] for name in names}
     return aligned | {"total": list(reports)}
+
+
+def results_table(rows: dict[str, Any], style: Format = "table") -> str:
+    """Accuracy and costs of the models of a run."""
+    headers = ["model", "top-1", "params", "MACs", "latency (ms)"]
+    cells = [
+        [
+            name,
+            f"{percent(r['top1'])} +- {100 * r['error']:.2f}",
+            r["params"],
+            r["macs"],
+            f"{r['latency_ms']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
+    return table(headers, cells, style)
+
+
+def curve_text(front: Sequence[Point], space: DimensionSpace, judged_by: str) -> str:
+    """Where the curve of a Pareto search bends, as Markdown."""
+    dense = report(space)
+    cells = [
+        [f"{p.share:.3g}", f"{p.value:.4f}", p.params, percent(p.params / dense.params), p.macs]
+        for p in sorted(knees(front), key=lambda p: -p.share)
+    ]
+    shown = table(["--at", judged_by, "params", "kept", "MACs"], cells, "md")
+    return f"Where the curve bends; `sidt slice RUN --at SHARE` takes any point of it:\n\n{shown}\n\n"
+
+
+def percent(part: float) -> str:
+    """A part in percent, with two decimals."""
+    return f"{part:.2%}"
 
 
 def dimensions_table(space: DimensionSpace, shares: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sidt.allocation.timing import compare_layers
+from sidt.allocation.paying import compare_layers
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import ComplexityReport, Group, report
 from sidt.errors import InputError

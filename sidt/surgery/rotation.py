@@ -141,7 +141,7 @@ def turned(tensor: Tensor, dim: int, axis: Axis, width: str, sizes: Mapping[str,
 
 
 def _blocks(moment: Tensor, axis: Axis, width: str, sizes: Mapping[str, int]) -> Tensor:
-    """The mean of the blocks of a width on the diagonal of second moments, as of ``4 embed``: [C, C]."""
+    """The sum of the blocks of a width on the diagonal of second moments, as of ``4 embed``: [C, C]."""
     (term,) = axis
     position = term.index(width)
     outer, inner = (term_size(part, sizes) for part in (term[:position], term[position + 1 :]))

@@ -13,7 +13,8 @@ from torch import nn
 
 from sidt import Budget, allocate
 from sidt.allocation.greedy import Rules
-from sidt.allocation.timing import LayerTime, compare_layers, fit_latency, latencies_for, macs_of, timed_layers
+from sidt.allocation.paying import LayerTime, compare_layers, macs_of
+from sidt.allocation.timing import fit_latency, latencies_for, timed_layers
 from sidt.cli.commands import cli
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import PlanCosts

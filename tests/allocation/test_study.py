@@ -7,8 +7,10 @@ from backbones import SWIN, VIT_TINY, dense
 from layer_tables import rotated_space
 
 from sidt import Budget, allocate, importance, search
+from sidt.allocation.curve import Point, knees, nearest
 from sidt.allocation.greedy import Rules
-from sidt.allocation.study import Gain, Point, knees, nearest, plan_at
+from sidt.allocation.knobs import plan_at
+from sidt.allocation.study import Gain
 from sidt.cost.complexity import PlanCosts
 from sidt.surgery.slicing import slice_model
 
@@ -121,8 +123,16 @@ def test_pareto():
         plan = plan_at(scores, Budget(params=point.share), point.knobs)
         assert [*costs.of(np.array([plan.sizes[n] for n in costs.names]))] == [point.params, point.macs]
         assert point.value == point.params
-    other = search(model, scores, Budget(params=0.75), wants_size, trials=1, pareto=True, progress=False)
-    assert other.study.study_name == result.study.study_name  # the curve is the same for every budget
+
+
+def test_a_curve_serves_every_budget(tmp_path):
+    """A search with another budget goes on with the same study, also where that has all its trials already."""
+    model, found = scores()
+    options = {"trials": 3, "pareto": True, "progress": False, "storage": f"sqlite:///{tmp_path / 'study.db'}"}
+    searches = [search(model, found, Budget(params=share), hidden(1), **options) for share in (0.8, 0.5)]
+    assert len({found.study.study_name for found in searches}) == 1 and len(searches[1].front) > 0
+    assert searches[1].plain.to_json() == allocate(found, Budget(params=0.5)).to_json()
+    assert searches[1].plain_value == hidden(1)(slice_model(model, searches[1].plain)).mean()
 
 
 def test_a_curve_goes_along_one_bound(refused):

@@ -138,13 +138,17 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
     assert sidt_command("slice", tmp_path / "r", "--at", 0.9)[0] == 0
     code, _, err = sidt_command("evaluate", tmp_path / "r")
     assert code == 2 and "of another plan" in err  # what was fine-tuned is another point of the curve
-    for step in ("finetune", "evaluate"):
+    for step in ("finetune", "evaluate", "report"):
         assert sidt_command(step, tmp_path / "r")[0] == 0
     rows = read("evaluation.json")
     assert 0.98 * 0.9 <= rows["sliced"]["params"] / rows["dense"]["params"] <= 0.9
+    assert ", sliced at params=0.9 of the curve" in (tmp_path / "r" / "report.md").read_text().splitlines()[0]
     for share in ("0", "1.5", "nan"):
         code, _, err = sidt_command("slice", tmp_path / "r", "--at", share)
         assert code == 2 and "not on the curve" in err and err.count("\n") == 1
+    (tmp_path / "r" / "search" / "search.json").write_text(json.dumps(read("search/search.json") | {"front": [{}]}))
+    code, _, err = sidt_command("slice", tmp_path / "r", "--at", 0.9)
+    assert code == 2 and "search again" in err and err.count("\n") == 1
 
 
 def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
