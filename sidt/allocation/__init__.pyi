@@ -6,6 +6,8 @@ from .greedy import allocate as allocate
 from .greedy import uniform as uniform
 from .knobs import plan_at as plan_at
 from .paying import compare_layers as compare_layers
+from .steps import before_last as before_last
+from .steps import steps_for as steps_for
 from .study import Gain as Gain
 from .study import SearchResult as SearchResult
 from .study import search as search

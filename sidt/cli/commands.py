@@ -72,7 +72,7 @@ def _add_step(name: str, function: str, says: str) -> None:
 
 
 _add_step("train", "train", "Train the dense model, or take the weights that the config names.")
-_add_step("score", "score", "Score the importance of every unit.")
+_add_step("score", "score", "Score the importance of every unit; with steps, slice on the way.")
 _add_step("evaluate", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models.")
 _add_step("report", "write_report", "Write report.md and its plots.")
 

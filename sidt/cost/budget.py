@@ -70,6 +70,20 @@ class Budget:
             for p, d in zip(parsed, dense, strict=True)
         )
 
+    def on_the_way(self, dense: tuple[int, ...], part: float) -> "Budget":
+        """The absolute budget a part of the way from the dense model to this one, by equal factors.
+
+        Args:
+            dense: as for :meth:`bounds`.
+            part: 0 is the dense model, 1 is this budget.
+        """
+        limits = [
+            None if limit is None else max(math.floor(whole * min(limit / whole, 1.0) ** part + 1e-6), 2)
+            for limit, whole in zip(self.bounds(*dense), dense, strict=True)
+        ]
+        params, macs, latency = (*limits, None)[: len(BOUNDS)]
+        return Budget(params, macs, None if latency is None else f"{latency / 1e3:.3f}us")
+
     def __str__(self) -> str:
         """The bounds as they were given."""
         return ", ".join(f"{n}={v}" for n in BOUNDS if (v := getattr(self, n)) is not None)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sidt.allocation.steps import MOST
 from sidt.allocation.study import Sampler
 from sidt.cost.budget import Budget
 from sidt.errors import InputError
@@ -118,6 +119,8 @@ class RunConfig(_Strict):
         repair: whether the dense model is aligned before it is scored, and what lost inputs is refitted after every
             slice, on the images of the scores.
         budget: what the small model may cost.
+        steps: in how many slices it is reached; before each, the model is aligned and scored again. The search is of
+            the last one. None: as serves the budget (:func:`sidt.allocation.steps_for`).
         search: the search.
         finetune: how the small model is trained.
         teacher: how the dense model teaches it meanwhile; None: it does not.
@@ -131,11 +134,20 @@ class RunConfig(_Strict):
     score: ScoreConfig = ScoreConfig()
     repair: bool = True
     budget: BudgetConfig
+    steps: int | None = Field(default=None, ge=1, le=MOST)
     search: SearchConfig = SearchConfig()
     finetune: TrainConfig = TrainConfig()
     teacher: TeacherConfig | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_base(self) -> "RunConfig":
+        if self.search.pareto and (self.steps or 1) > 1:
+            raise ValueError(
+                f"steps is {self.steps}, but the curve of search.pareto starts from one model; set steps: 1"
+            )
+        return self
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -8,7 +8,8 @@
     evaluate -> evaluation.json        report -> report.md, kept.png, search.png
 
 base/ is the dense model in the basis that scores and plans are of (see :func:`sidt.align`); what it computes is the
-same. What its layers read is measured once, by score, for the repair of every slice.
+same. With ``steps`` it is a slice of that, which the last step starts from; plans on disk are of the dense model. What
+its layers read is measured once, by score, for the repair of every slice.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,13 @@ from torch.utils.data import Dataset, Subset
 from sidt.allocation.curve import Point, nearest
 from sidt.allocation.greedy import Rules
 from sidt.allocation.knobs import plan_at
+from sidt.allocation.steps import before_last, steps_for
 from sidt.allocation.study import Gain
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import measure, report, time_forward
+from sidt.cost.latency import LayerLatencies
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, save
 from sidt.export.models import create_model
@@ -41,6 +45,7 @@ from sidt.importance import criteria
 from sidt.importance.gates import learn_gates
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs import report as reporting
+from sidt.runs.config import RunConfig
 from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
@@ -54,7 +59,7 @@ from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
 from sidt.training.loop import Loss, TrainConfig, fit, weights_digest
 
-LATENCY, MOMENTS = "latency", "base/moments.safetensors"
+LATENCY, MOMENTS, STEPS = "latency", "base/moments.safetensors", "base/steps.json"
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
@@ -83,13 +88,41 @@ def train(run: Run) -> str:
     return f"dense model: {accuracy} on held-out images -> {run.folder / 'dense'}"
 
 
-def score(run: Run) -> str:
-    """Align the dense model, if it is to be repaired, and score every unit of it."""
-    model, config, begin = dense_model(run), run.config.score, time.perf_counter()
-    space = space_for(model)
+def score(run: Run, say: Callable[[str], None] = print) -> str:
+    """Align the dense model, if it is to be repaired, and score every unit of it; with steps, slice it on the way."""
+    begin, budget, steps = time.perf_counter(), run.config.budget.value(), _steps(run.config)
+
+    def prepare(model: nn.Module) -> tuple[nn.Module, Importance, Callable[[DimensionPlan], nn.Module]]:
+        base, scores, moments = _scored(run, model)
+        return base, scores, _slicer(base, moments)
+
+    def timed(base: nn.Module, scores: Importance, limits: Budget) -> LayerLatencies | None:
+        return latencies_for(_latency(run, base), base.to(run.device), scores, limits, _rules(run.config), say)
+
+    if steps > 1:
+        say(f"score: {steps} steps, each with images, scores and a slice of its own")
+    model, limits = before_last(dense_model(run), budget, steps, prepare, rules=_rules(run.config), timed=timed)
+    model, found, moments = _scored(run, model)
+    if moments is not None:
+        moments.save(run.folder / MOMENTS, _made_of(run, model))
+    if steps > 1:  # before the base: of any base, what is left of the budget is the same
+        write_json(run.folder / STEPS, {"steps": steps, "budget": str(budget), "left": asdict(limits)})
+    found.save(run.folder / "scores.safetensors")
+    save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
+    if steps == 1:
+        (run.folder / STEPS).unlink(missing_ok=True)
+    after = f" in {steps} steps" if steps > 1 else ""
+    return (
+        f"scores by {run.config.score.method}{after} in {time.perf_counter() - begin:.0f} s -> "
+        f"{run.folder / 'scores.safetensors'}"
+    )
+
+
+def _scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments | None]:
+    """A model aligned, if it is to be repaired, its scores, and what its repair stands on."""
+    config, space, moments = run.config.score, space_for(model), None
     if run.config.repair:
         model, moments = align(model, _measured(run, model))
-        moments.save(run.folder / MOMENTS, _made_of(run, model))
         space = moments.space
     if config.method == "gates":
         found = _gate_scores(run, model, space)
@@ -106,9 +139,7 @@ def score(run: Run) -> str:
             found = criterion(*arguments, space=space, **options)
         except TypeError as error:
             raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
-    found.save(run.folder / "scores.safetensors")
-    save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
-    return f"scores by {config.method} in {time.perf_counter() - begin:.0f} s -> {run.folder / 'scores.safetensors'}"
+    return model, found, moments
 
 
 def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
@@ -119,7 +150,7 @@ def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importanc
     gates = config.gates
     if gates.device == "auto":
         gates = gates.model_copy(update={"device": run.device})
-    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()}"
+    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()} {weights_digest(model)}"
     own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     images = _sample(_data(run.config.data).train, config.images)
     return learn_gates(model, images, gates, space=space, folder=own).importance
@@ -133,20 +164,21 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     data = _data(run.config.data)
     held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
 
+    budget = _left(run)
     judge = correct if config.objective == "top1" else log_likelihood
 
     def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
         parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
         return lambda small: (judge(small, part, device=run.device) for part in parts)
 
-    slicer, begin = _slicer(run, model), time.perf_counter()
-    dense = float(np.concatenate(list(objective(held_out)(model))).mean())
+    slicer, begin = _slicer(model, _moments(run, model)), time.perf_counter()
+    dense = float(np.concatenate(list(objective(held_out)(dense_model(run)))).mean())
     once = time.perf_counter() - begin
     limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
     cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
     say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
-    rules, budget = Rules(config.kinds, config.freeze, config.min_units, config.round_to), run.config.budget.value()
-    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
+    rules = _rules(run.config)
+    latencies = latencies_for(_latency(run, model), model.to(run.device), scores, budget, rules, say)
     result = optuna_search(
         model,
         scores,
@@ -167,12 +199,13 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
     )
     finished = [t for t in result.study.get_trials() if t.values is not None]
-    result.plan.save(run.folder / PLAN)
+    whole = _on_dense(model, result.plan)
+    whole.save(run.folder / PLAN)
     gain = result.gain
     write_json(
         run.folder / SEARCH,
         {
-            "budget": str(budget),
+            "budget": str(run.config.budget.value()),
             "bounds": budget.bounded[0],
             "dense": dense,
             "plain": result.plain_value,
@@ -192,10 +225,11 @@ def search(run: Run, say: Callable[[str], None]) -> str:
             "front": [asdict(point) for point in result.front],
         },
     )
-    small, full = report(space, result.plan.sizes), report(space)
+    small, full = report(whole.space, whole.sizes), report(whole.space)
     kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
     if latencies is not None:
-        kept += f", {latencies.milliseconds(result.plan.sizes):.2f} of {latencies.dense_ms:.2f} ms by the layer table"
+        of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
+        kept += f", {latencies.milliseconds(result.plan.sizes):.2f}{of} ms by the layer table"
     ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
     verdict = f"; {_says(gain, config.objective)}" if gain else ""
     return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
@@ -213,20 +247,20 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
     model = base_model(run)
     if at is not None:
         _take_point(run, model, at, say)
-    plan = searched_plan(run, space_for(model))
-    small = _slicer(run, model)(plan)
+    plan = _on_base(model, searched_plan(run, space_for(dense_model(run))))
+    small = _slicer(model, _moments(run, model))(plan)
     if run.config.repair:
         images = _sample(_data(run.config.data).calibration, _WIDTH_IMAGES)
         small = refit_width(model, small, plan, make_loader(images, 64))
     small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (dense_model(run), small))
     return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
 
 
 def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None]) -> None:
     """Make a point of the curve the run's plan."""
-    found, config = read_json(existing(run, SEARCH, "search --pareto")), run.config.search
+    found = read_json(existing(run, SEARCH, "search --pareto"))
     front = _curve(run, found)
     if not front:
         raise InputError(f"{run.folder} has no curve to take {at} from; run `sidt search {run.folder} --pareto` first")
@@ -234,9 +268,9 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
     scores = load_importance(existing(run, "scores.safetensors", "score"), space_for(model))
-    rules = Rules(config.kinds, config.freeze, config.min_units, config.round_to)
+    rules = _rules(run.config)
     budget = Budget(**{found["bounds"]: float(at)})
-    latencies = latencies_for(run.folder / LATENCY, model.to(run.device), scores, budget, rules, say)
+    latencies = latencies_for(_latency(run, model), model.to(run.device), scores, budget, rules, say)
     plan_at(scores, budget, nearest(front, at).knobs, rules=rules, latencies=latencies).save(run.folder / PLAN)
     write_json(run.folder / SEARCH, {**found, "at": at})
 
@@ -332,8 +366,8 @@ Search: {len(search_result["values"])} trials; {gain["says"]}.
 
 def run_all(run: Run, say: Callable[[str], None]) -> None:
     """All steps in order. Training and search go on from where they were stopped."""
-    for step in (train, score):
-        say(step(run))
+    say(train(run))
+    say(score(run, say))
     say(search(run, say))
     for step in (slice_, finetune, evaluate, write_report):
         say(step(run))
@@ -359,8 +393,13 @@ def _made_of(run: Run, base: nn.Module) -> dict[str, Any]:
     return {"weights": weights_digest(base), "data": data, "images": run.config.score.images}
 
 
-def _moments(run: Run, base: nn.Module) -> Moments:
-    """The moments of the base model: those that score left, if they are of this model and these images."""
+def _moments(run: Run, base: nn.Module) -> Moments | None:
+    """The moments of the base model: those that score left, if they are of this model and these images.
+
+    None where the config wants no repair.
+    """
+    if not run.config.repair:
+        return None
     made_of = _made_of(run, base)
     found = load_moments(run.folder / MOMENTS, space_for(base), made_of)
     if found is None:
@@ -369,12 +408,59 @@ def _moments(run: Run, base: nn.Module) -> Moments:
     return found
 
 
-def _slicer(run: Run, model: nn.Module) -> Callable[[DimensionPlan], nn.Module]:
-    """Makes the small model of a plan: sliced, and repaired unless the config says otherwise."""
-    if not run.config.repair:
+def _slicer(model: nn.Module, moments: Moments | None) -> Callable[[DimensionPlan], nn.Module]:
+    """Makes the small model of a plan: sliced, and repaired where there are moments."""
+    if moments is None:
         return lambda plan: slice_model(model, plan)
-    moments = _moments(run, model)
     return lambda plan: compensate(model, plan, moments)
+
+
+def _rules(config: RunConfig) -> Rules:
+    search = config.search
+    return Rules(search.kinds, search.freeze, search.min_units, search.round_to)
+
+
+def _steps(config: RunConfig) -> int:
+    """In how many slices the small model is reached."""
+    return config.steps or (1 if config.search.pareto else steps_for(config.budget.value()))
+
+
+def _left(run: Run) -> Budget:
+    """The budget, of the model that score left: absolute, if that was sliced on the way.
+
+    Raises:
+        InputError: that model is on the way to another budget, or was to be reached in another number of steps.
+    """
+    budget, path = run.config.budget.value(), run.folder / STEPS
+    made: dict[str, Any] = read_json(path) if path.is_file() else {"steps": 1, "budget": str(budget)}
+    wanted = run.config.steps or (made["steps"] if not run.config.search.pareto else 1)
+    if made["budget"] != str(budget) or made["steps"] != wanted:
+        changes = [f"--set budget.{name}={getattr(budget, name)}" for name in budget.bounded]
+        raise InputError(
+            f"{run.folder / 'base'} is on the way to {made['budget']} in {made['steps']} steps, not to {budget} in "
+            f"{wanted}; run `sidt score {run.folder} {' '.join(changes)} --set steps={wanted}` first"
+        )
+    return Budget(**made["left"]) if "left" in made else budget
+
+
+def _latency(run: Run, base: nn.Module) -> Path:
+    """Where the times of the layers of a base are: those of a slice, which depends on the budget, on their own."""
+    plan: DimensionPlan | None = getattr(base, "sidt_plan", None)
+    if plan is None:
+        return run.folder / LATENCY
+    return run.folder / LATENCY / hashlib.sha256(str(plan.sizes).encode()).hexdigest()[:12]
+
+
+def _on_dense(base: nn.Module, plan: DimensionPlan) -> DimensionPlan:
+    """A plan on the base as one on the dense model, which the base may be a slice of."""
+    earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
+    return plan if earlier is None else earlier.then(plan)
+
+
+def _on_base(base: nn.Module, plan: DimensionPlan) -> DimensionPlan:
+    """A plan on the dense model as one on the base."""
+    earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
+    return plan if earlier is None else plan.after(earlier, space_for(base))
 
 
 def _says(gain: Gain, objective: str) -> str:

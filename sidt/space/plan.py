@@ -74,6 +74,31 @@ class DimensionPlan:
             keep[name] = rows[chosen] if parent is None else np.take_along_axis(rows, chosen, axis=1)
         return DimensionPlan(self.space, keep)
 
+    def after(self, earlier: "DimensionPlan", space: DimensionSpace) -> "DimensionPlan":
+        """What is left of this plan once an earlier one is done: the plan on the sliced model of which
+        ``earlier.then(it)`` is this plan.
+
+        Args:
+            earlier: a plan on the same dense model that keeps what this one keeps.
+            space: that of the model that it leaves.
+
+        Raises:
+            InputError: the earlier plan does not keep all that this one keeps.
+        """
+        keep: dict[str, Array] = {}
+        for name, wanted in self.keep.items():
+            parent, there = self.space.dimensions[name].per, earlier.keep[name]
+            if parent is None:
+                wanted, there = wanted[None], there[None]
+            else:
+                there = there[keep[parent]]
+            found = [np.searchsorted(row, kept) for row, kept in zip(there, wanted, strict=True)]
+            for row, kept, at in zip(there, wanted, found, strict=True):
+                if not np.array_equal(row[np.minimum(at, len(row) - 1)] if len(row) else row, kept):
+                    raise InputError(f"the plan keeps units of {name} that the model it is for has no longer")
+            keep[name] = found[0] if parent is None else np.array(found).reshape(wanted.shape)
+        return DimensionPlan(space, keep)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {

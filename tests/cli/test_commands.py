@@ -151,6 +151,44 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
     assert code == 2 and "search again" in err and err.count("\n") == 1
 
 
+def test_a_run_in_steps(config, tmp_path, sidt_command, mistake):
+    run = tmp_path / "r"
+    code, out, err = sidt_command("run", config, "--out", run, "--set", "steps=2", "--set", "budget.params=0.4")
+    assert code == 0, err
+    assert "in 2 steps" in out
+    base = sidt.load(run / "base")
+    sizes, plan = base.sidt_plan.sizes, json.loads((run / "search" / "plan.json").read_text())
+    assert sizes["embed"] < plan["dense"]["embed"] == 24
+    assert plan == json.loads((run / "plan.json").read_text()) == json.loads((run / "sliced" / "plan.json").read_text())
+    rows = json.loads((run / "evaluation.json").read_text())
+    assert 0.98 * 0.4 <= rows["sliced"]["params"] / rows["dense"]["params"] <= 0.4
+    whole = sum(p.numel() for p in sidt.load(run / "dense").parameters())
+    assert 0.98 * 0.4**0.5 <= sum(p.numel() for p in base.parameters()) / whole <= 0.4**0.5
+    before = (run / "sliced" / "model.safetensors").read_bytes()
+    assert sidt_command("search", run)[0] == sidt_command("slice", run)[0] == 0
+    assert (run / "sliced" / "model.safetensors").read_bytes() == before
+    mistake(
+        "search",
+        run,
+        "--budget.params",
+        0.6,
+        says=["params=0.4 in 2 steps", "params=0.6", "sidt score", "--set budget.params=0.6"],
+    )
+    mistake("search", run, "--set", "steps=3", says=["in 2 steps", "in 3", "sidt score"])
+    mistake("search", run, "--set", "steps=1", "--pareto", says=["in 2 steps", "sidt score"])
+    assert sidt_command("score", run, "--set", "steps=1")[0] == 0
+    assert sidt.load(run / "base").state_dict()["head.weight"].shape == (10, 24)
+    assert sidt_command("search", run, "--budget.params", 0.6)[0] == 0
+
+
+@pytest.mark.parametrize("value", [0, 1000, "many"])
+def test_mistakes_of_steps(mistake, config, tmp_path, value):
+    mistake("score", config, "--out", tmp_path / "r", "--set", f"steps={value}", says=["steps", value])
+    mistake(
+        "score", config, "--out", tmp_path / "r", "--set", "steps=2", "--set", "search.pareto=true", says=["pareto"]
+    )
+
+
 def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
     code, _, err = sidt_command("slice", finished, "--at", 0.5)
     assert code == 2 and "--pareto" in err and err.count("\n") == 1

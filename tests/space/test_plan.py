@@ -85,6 +85,23 @@ def test_then_needs_a_plan_on_the_sliced_model(refused):
         plan.then(plan)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_after_undoes_then(seed, refused):
+    first = random_plan(SPACE, seed)
+    space = space_for(slice_model(dense(VIT_TINY)[0], first))
+    later = random_plan(space, seed + 10)
+    assert first.then(later).after(first, space).to_json() == later.to_json()
+    with refused("has no longer"):
+        DimensionPlan(SPACE, {}).after(first, space)
+
+
+def test_after_with_no_units():
+    first = DimensionPlan(SPACE, {"heads.0": [0, 2], "hidden.1": []})
+    space = space_for(slice_model(dense(VIT_TINY)[0], first))
+    later = DimensionPlan(space, {"heads.0": [], "qk.1": [[0], [1], [0]]})
+    assert first.then(later).after(first, space).to_json() == later.to_json()
+
+
 @pytest.mark.parametrize(
     ("name", "kept", "words"),
     [
