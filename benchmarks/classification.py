@@ -25,7 +25,7 @@ import torch
 from cells import DETERMINISTIC, TOOLS, Cell, Method, Setting, cached, rated, sample, work
 from results import environment, write_results
 from rivals import fastnas, load_shapes, save_shapes, torch_pruning
-from summary import collected, draw, label, margins, summary, tables
+from summary import collected, draw, fastest, gains, label, margins, summary, tables
 from torch import Tensor, nn
 from training_free import corp, vbp
 
@@ -136,6 +136,12 @@ ROWS: dict[str, Callable[[Setting], Method]] = {
     "SiDT greedy + repair": ours.greedy,
     "SiDT repair": ours.repaired,
     "SiDT search + repair": ours.searched,
+    "SiDT width": ours.width,
+    "SiDT width, 2 steps": partial(ours.width, steps=2),
+    "SiDT width, 4 steps": partial(ours.width, steps=4),
+    "SiDT width, 8 steps": partial(ours.width, steps=8),
+    "SiDT": partial(ours.width, steps=None, trials=20),
+    "SiDT, round_to=8": partial(ours.width, steps=None, trials=20, round_to=8),
     "Torch-Pruning": torch_pruning,
     "ModelOpt FastNAS": fastnas,
     "CORP": corp,
@@ -254,7 +260,7 @@ def all_cells(
 @click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
 @click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/classification_MODEL.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Default: docs/pareto_cifar100.png, for Swin _swin.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw the results here.")
 def main(
     data: Path,
     weights: Path,
@@ -279,8 +285,6 @@ def main(
         raise click.ClickException(f"no row {sorted(unknown)[0]!r}; the rows are dense, {', '.join(ROWS)}")
     where, runs = environment(), runs / model
     out = out or HERE / "results" / f"classification_{model}"
-    suffix = "" if model == "vit" else f"_{model}"
-    picture = picture or HERE.parent / "docs" / f"pareto_cifar100{suffix}.png"
     if model == "vit":
         name, args = VIT
         dense = create_model(name, args)
@@ -320,6 +324,9 @@ def main(
     results = collected(there, runs)
     found = summary(results, timed)
     text = f"{tables(found)}\n\n## Beside the best rival and the dense model\n\n{margins(results)}"
+    if any(row["row"] == "SiDT" for row in found):
+        text += f"\n\n## What the search gained\n\n{gains(found)}"
+        text += f"\n\n## The fastest model that is as good as a rival's\n\n{fastest(found)}" if timed else ""
     notes = (
         f"Top-1 on the {len(splits.test):,} test images, the same for all rows: mean over the seeds {seeds} (of "
         "calibration images, random scores and training) +- its standard error over the images, and (sd) the standard "
@@ -332,11 +339,13 @@ def main(
         "wall time until the smaller model is there, with other work on the machine. ms: one forward of 1 and of 32 "
         "images on this CPU, the median over rounds of all models in turn."
     )
-    where["command"] = f"python benchmarks/classification.py --data DIR --weights FILE --model {model}" + (
-        f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else "")
-    )
+    where["command"] = (
+        f"python benchmarks/classification.py --data DIR --weights FILE --model {model} --budgets {budgets} "
+        f"--kinds {kinds} --seeds {seeds}"
+    ) + (f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else ""))
     write_results(out, f"CIFAR-100, {name}", where, f"{notes}\n\n{text}", {"rows": found})
-    draw(out.with_suffix(".json"), picture)
+    if picture is not None:
+        draw(out.with_suffix(".json"), picture)
     click.echo(text)
 
 

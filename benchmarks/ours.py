@@ -1,17 +1,19 @@
 """SiDT's own rows of classification.py, and the ways to select units that were tried beside them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cells import Method, Setting, cached
+from cells import Method, Setting, cached, sample
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sidt import importance as criteria
-from sidt.allocation.greedy import allocate
+from sidt.allocation.greedy import Rules, allocate
+from sidt.allocation.steps import Slicer, before_last, steps_for
 from sidt.allocation.study import search
 from sidt.importance.scores import Importance
 from sidt.surgery.alignment import align
@@ -19,7 +21,7 @@ from sidt.surgery.compensation import compensate, readers
 from sidt.surgery.moments import Moments, measure_moments
 from sidt.training.evaluation import log_likelihood
 
-TRIALS, HELD_OUT, PARTS = 40, 1000, 8
+TRIALS, HELD_OUT, PARTS, FRESH = 40, 1000, 8, 2500
 
 
 def _aligned(setting: Setting) -> tuple[nn.Module, Moments]:
@@ -85,6 +87,40 @@ def searched(setting: Setting) -> Method:
         "best": result.value,
     }
     return compensate(aligned, result.plan, moments), info
+
+
+def width(setting: Setting, *, steps: int | None = 1, trials: int = 0, round_to: int = 1) -> Method:
+    """The width with the other dimensions: by the plain ranking, or searched; in steps (None: by the budget)."""
+    images, rules = list(setting.calibration()), Rules(round_to=round_to)
+
+    def prepare(model: nn.Module) -> tuple[nn.Module, Importance, Slicer]:
+        base, moments = align(model, measure_moments(model, images))
+        found = criteria.taylor(base, images, space=moments.space)
+        return base, found, lambda plan: compensate(base, plan, moments)
+
+    steps = steps or steps_for(setting.budget)
+    model, budget = before_last(setting.dense, setting.budget, steps, prepare, rules=rules)
+    base, scores, slicer = prepare(model)
+    if not trials:
+        plan = allocate(scores, budget, **asdict(rules))
+        return slicer(plan), {"sizes": plan.sizes, "steps": steps}
+    held, fresh = setting.holdout(HELD_OUT), sample(setting.data.fresh, FRESH, setting.seed)
+    parts = [Subset(held, range(i, HELD_OUT, PARTS)) for i in range(PARTS)]
+    result = search(
+        base,
+        scores,
+        budget,
+        lambda small: (log_likelihood(small, part) for part in parts),
+        fresh=lambda small: log_likelihood(small, fresh),
+        trials=trials,
+        seed=setting.seed,
+        rules=rules,
+        slicer=slicer,
+        progress=False,
+    )
+    assert result.gain is not None
+    info = {"sizes": result.plan.sizes, "steps": steps, "gain": [result.gain.difference, result.gain.error]}
+    return slicer(result.plan), info
 
 
 def greedy(setting: Setting) -> Method:

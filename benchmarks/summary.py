@@ -12,7 +12,8 @@ from sidt.files import read_json, replacing
 from sidt.runs.report import table
 
 Results = dict[str, list[dict[str, Any]]]  # of every seed, by learning rate
-OURS, _NAMES = "SiDT repair", {"params": "parameters", "macs": "MACs"}
+OURS, _NAMES = ("SiDT", "SiDT repair"), {"params": "parameters", "macs": "MACs"}
+_DRAWN = ("SiDT", "ModelOpt FastNAS", "CORP", "VBP", "Torch-Pruning")
 
 
 def collected(cells: Sequence[Cell], runs: Path) -> dict[tuple[str, str, float], dict[str, Results]]:
@@ -46,7 +47,7 @@ def margins(rows: dict[tuple[str, str, float], dict[str, Results]]) -> str:
     """A markdown table: how far SiDT's row is above the best rival and above the dense model, image by image."""
     dense, lines = rows["dense", "params", 1.0], []
     for (row, kind, share), steps in rows.items():
-        if row != OURS:
+        if row not in OURS:
             continue
         rivals = {name: rows[name, kind, share] for name in RIVALS if (name, kind, share) in rows}
         for step, results in steps.items():
@@ -56,8 +57,8 @@ def margins(rows: dict[tuple[str, str, float], dict[str, Results]]) -> str:
                 continue
             best = max(theirs, key=lambda name: _hits(theirs[name][1]).mean())
             above = [_above(mine[1], other[1]) if other else "-" for other in (theirs[best], whole)]
-            lines.append([f"{1 - share:.0%} fewer {_NAMES[kind]}", step, best, *above])
-    headers = ["", "step", "the best rival", f"{OURS} above it", "above dense, trained alike"]
+            lines.append([f"{share:.0%} of the {_NAMES[kind]}", step, row, best, *above])
+    headers = ["left", "step", "", "the best rival", "above it", "above dense, trained alike"]
     return table(headers, lines, "md")
 
 
@@ -125,27 +126,67 @@ def _percent(top1: dict[str, Any] | None) -> str:
     return f"{100 * top1['mean']:.1f} +- {100 * top1['error']:.1f}{seeds}{rate}"
 
 
+def gains(rows: list[dict[str, Any]]) -> str:
+    """A markdown table: the log-likelihood on fresh images that the search gained over the plain ranking, by seed."""
+    lines = []
+    for row in rows:
+        found = [(info["gain"], info["steps"]) for info in row.get("info", []) if "gain" in info]
+        if found:
+            each = " / ".join(f"{gain:+.3f} +- {error:.3f}" for (gain, error), _ in found)
+            lines.append([f"{row['share']:.0%} of the {_NAMES[row['kind']]}", row["row"], str(found[0][1]), each])
+    return table(["left", "", "steps", "gain +- one standard error, by seed"], lines, "md")
+
+
+def fastest(rows: list[dict[str, Any]]) -> str:
+    """A markdown table: for each rival's model, the least measured time of a SiDT model of no lower top-1."""
+
+    def top1(row: dict[str, Any]) -> float:
+        return float(row["top1"]["no training"]["mean"])
+
+    timed = [row for row in rows if row.get("latency_ms")]
+    mine = [row for row in timed if row["row"].startswith("SiDT")]
+    lines = []
+    for rival in sorted((row for row in timed if row["row"] in RIVALS), key=top1, reverse=True):
+        line = [f"{rival['row']}, {rival['share']:.0%} of the {_NAMES[rival['kind']]}", f"{100 * top1(rival):.1f}"]
+        for batch in ("1", "32"):
+            best = min((r for r in mine if top1(r) >= top1(rival)), key=lambda r: r["latency_ms"][batch], default=None)
+            if best is None:
+                line += [f"{rival['latency_ms'][batch]:.1f}", "-", "-"]
+                continue
+            theirs, ours = (row["latency_ms"][batch] for row in (rival, best))
+            name = f"{best['row']}, {best['share']:.0%} of the {_NAMES[best['kind']]}, {100 * top1(best):.1f}"
+            line += [f"{theirs:.1f}", f"{ours:.1f} ({name})", f"{theirs / ours:.2f}x"]
+        lines.append(line)
+    headers = [
+        "the rival's model",
+        "its top-1",
+        *(f"{h}, batch {b}" for b in (1, 32) for h in ("ms", "SiDT", "faster")),
+    ]
+    return table(headers, lines, "md")
+
+
 def draw(results: Path, picture: Path) -> None:
-    """Top-1 against the parameters left, one line a row, without and with training, from the results' JSON."""
+    """Top-1 with no training against the parameters left and, where it was measured, against the time of a forward."""
     rows = read_json(results)["results"]["rows"]
     dense = next(row for row in rows if row["row"] == "dense")
-    names = list(dict.fromkeys(row["row"] for row in rows if row["kind"] == "params" and row is not dense))
-    untrained, *trained = (step for step in dense["top1"] if "teacher" not in step)
-    wanted = [untrained, *trained[-1:]]  # the longest training comes last
-    figure = Figure(figsize=(0.8 + 4.6 * len(wanted), 4.4), layout="constrained")
-    for axes, step in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
-        for number, name in enumerate(names):
-            points = [r for r in rows if r["row"] == name and r["kind"] == "params" and step in r.get("top1", {})]
-            points = sorted([*points, dense], key=lambda row: row["params"])
-            left = [100 * row["params"] / dense["params"] for row in points]
-            means, errors = ([100 * row["top1"][step][key] for row in points] for key in ("mean", "error"))
-            style = {"color": f"C{number % 10}", "marker": "osv^DPX*"[number % 8], "markersize": 4, "capsize": 2}
-            axes.errorbar(left, means, errors, label=name, linestyle="-" if number < 10 else "--", **style)
-        axes.set_title(step)
-        axes.set_xlabel("parameters left (%)")
-        axes.set_ylabel("top-1 (%)")
+    panels = {"parameters left (%)": lambda row: 100 * row["params"] / dense["params"]}
+    if dense["latency_ms"]:
+        panels["ms, 32 images"] = lambda row: row["latency_ms"]["32"]
+    figure = Figure(figsize=(0.8 + 4.6 * len(panels), 4.2), layout="constrained")
+    for axes, (title, place) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, name in enumerate(_DRAWN):
+            points = [r for r in rows if r["row"] == name and r["kind"] == "params" and "top1" in r]
+            points = sorted((r for r in [*points, dense] if r["latency_ms"] or len(panels) == 1), key=place)
+            if len(points) == 1:
+                continue
+            means, errors = ([100 * r["top1"]["no training"][key] for r in points] for key in ("mean", "error"))
+            axes.errorbar([place(r) for r in points], means, errors, color=f"C{number}", marker="o", markersize=4)
+            last = points[0]
+            axes.annotate(name, (place(last), means[0]), (4, -10), textcoords="offset points", color=f"C{number}")
+        axes.axhline(100 * dense["top1"]["no training"]["mean"], linestyle=":", color="black")
+        axes.set_xlabel(title)
+        axes.set_ylabel("top-1 (%), no training")
+        axes.set_ylim(0)
         axes.grid(alpha=0.3)
-    if names:
-        axes.legend(fontsize=7)
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=150)

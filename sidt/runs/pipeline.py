@@ -161,8 +161,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     model, config = base_model(run), run.config.search
     space = space_for(model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
-    data = _data(run.config.data)
-    held_out = data.holdout if config.images is None else _sample(data.holdout, config.images)
+    held_out = _held_out(run)
 
     budget = _left(run)
     judge = correct if config.objective == "top1" else log_likelihood
@@ -176,7 +175,8 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     once = time.perf_counter() - begin
     limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
     cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
-    say(f"search: {config.trials} trials of {len(held_out)} held-out images, {cost}; Ctrl-C keeps what is finished")
+    count = len(held_out)  # type: ignore[arg-type]
+    say(f"search: {config.trials} trials of {count} held-out images, {cost}; Ctrl-C keeps what is finished")
     rules = _rules(run.config)
     latencies = latencies_for(_latency(run, model), model.to(run.device), scores, budget, rules, say)
     result = optuna_search(
@@ -184,7 +184,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         scores,
         budget,
         objective(held_out),
-        fresh=objective(data.fresh),
+        fresh=objective(_data(run.config.data).fresh),
         trials=config.trials,
         timeout=config.timeout,
         seed=run.config.seed,
@@ -255,7 +255,18 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
     small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense_model(run), small))
-    return f"sliced {before:,} to {after:,} parameters -> {run.folder / 'sliced'}"
+    return (
+        f"sliced {before:,} to {after:,} parameters{_repair_says(run, model, plan, small)} -> {run.folder / 'sliced'}"
+    )
+
+
+def _repair_says(run: Run, base: nn.Module, plan: DimensionPlan, small: nn.Module) -> str:
+    """What the repair did to the slice, on held-out images."""
+    if not run.config.repair:
+        return ""
+    images = _held_out(run)
+    cut, repaired = (reporting.percent(top1(m, images, device=run.device)) for m in (slice_model(base, plan), small))
+    return f"; {cut} of the held-out images right as it was cut, {repaired} repaired"
 
 
 def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None]) -> None:
@@ -380,6 +391,12 @@ def run_all(run: Run, say: Callable[[str], None]) -> None:
 def _data(config: DataConfig) -> Splits:
     """The data, read once for all steps of a process."""
     return load_data(config)
+
+
+def _held_out(run: Run) -> Dataset[Any]:
+    """The held-out images that trials are judged on."""
+    data, count = _data(run.config.data), run.config.search.images
+    return data.holdout if count is None else _sample(data.holdout, count)
 
 
 def _measured(run: Run, model: nn.Module) -> Moments:
