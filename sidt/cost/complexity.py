@@ -130,12 +130,12 @@ class PlanCosts:
             Shape [..., 2], exact.
         """
         ones = np.ones_like(sizes[..., :1])
-        columns = np.concatenate([sizes, np.minimum(sizes, 1), ones], axis=-1).astype(np.int64)
-        factors = np.moveaxis(columns, -1, 0)[self._factors]  # [products, degree, ...]
-        products = factors[:, 0]
-        for position in range(1, factors.shape[1]):
-            products = products * factors[:, position]
-        return np.stack([np.tensordot(c, products, axes=1) for c in self._coefficients.T], axis=-1)
+        columns = np.concatenate([sizes, np.minimum(sizes, 1), ones], axis=-1, dtype=np.int64)
+        products = columns[..., self._factors[:, 0]]
+        for position in range(1, self._factors.shape[1]):
+            products *= columns[..., self._factors[:, position]]
+        costs: Array = products @ self._coefficients
+        return costs
 
     def coupled(self) -> npt.NDArray[np.bool_]:
         """Which dimensions share a product: one's size sets the other's cost. Shape [dimensions] * 2.
@@ -155,9 +155,11 @@ class PlanCosts:
 
     def savings(self, sizes: Array, smaller: Array, which: Array) -> Array:
         """What each of some dimensions saves by shrinking alone to its smaller size, shape [which, 2]."""
-        shrunk = np.repeat(sizes[None], len(which), axis=0)
+        shrunk = np.repeat(sizes[None], len(which) + 1, axis=0)
         shrunk[np.arange(len(which)), which] = smaller[which]
-        return self.of(sizes) - self.of(shrunk)
+        costs = self.of(shrunk)  # the last row is the sizes as they are
+        saved: Array = costs[-1] - costs[:-1]
+        return saved
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sidt.errors import InputError
-from sidt.importance.directions import along, directions_of
+from sidt.importance.directions import along, is_centred
 from sidt.importance.scores import Importance, unit_sums
 from sidt.space.axes import names
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.moments import argument, rows_of
+from sidt.surgery.rotation import rotatable
 from sidt.surgery.slicing import explicit
 from sidt.training.batches import rechunk
 from sidt.training.evaluation import heads_of
@@ -36,7 +37,7 @@ def random(model: nn.Module, *, seed: int = 0, space: DimensionSpace | None = No
     """Uniform scores: the baseline that any criterion has to beat."""
     space = space or space_for(model)
     generator = np.random.default_rng(seed)
-    empty = unit_sums(space, {})
+    empty = unit_sums(space, ())
     return Importance(space, {name: generator.random(tuple(s.shape)) for name, s in empty.items()})
 
 
@@ -49,7 +50,7 @@ def magnitude(model: nn.Module, *, p: Literal[1, 2] = 1, space: DimensionSpace |
     if p not in (1, 2):
         raise InputError(f"magnitude takes p=1 or p=2, got {p!r}")
     space = space or space_for(model)
-    weights = {n: w.detach().abs().double() ** p for n, w in _weights(model, space).items()}
+    weights = ((n, w.detach().abs().double() ** p) for n, w in _weights(model, space).items())
     return _importance(space, {n: s ** (1 / p) for n, s in unit_sums(space, weights).items()})
 
 
@@ -89,15 +90,9 @@ def taylor(
     """
     space = space or space_for(model)
 
-    def contributions(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        products = {n: weights[n].detach() * grads[n] for n in grads}
-        if level == "parameter":
-            return unit_sums(space, {n: p.square() for n, p in products.items()})
-        return {n: s.square() for n, s in unit_sums(space, products).items()}
-
     if level not in ("unit", "parameter"):
         raise InputError(f"taylor takes level='unit' or 'parameter', got {level!r}")
-    return _average(model, space, batches, loss, group, contributions)
+    return _average(model, space, batches, loss, group, square_sums=level == "unit")
 
 
 def fisher(
@@ -112,12 +107,7 @@ def fisher(
     The second-order change of the loss when the weights of a unit go to zero, up to a factor (Theis et al. 2018).
     The arguments are those of :func:`taylor`; every sample has its own backward pass.
     """
-    space = space or space_for(model)
-
-    def contributions(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return unit_sums(space, {n: (weights[n].detach() * g).square() for n, g in grads.items()})
-
-    return _average(model, space, batches, loss, 1, contributions)
+    return _average(model, space or space_for(model), batches, loss, 1, square_sums=False)
 
 
 def activation(
@@ -149,7 +139,7 @@ def activation(
     weights = mode.weights
     read = {n: weights[n].square() * _spread(energy, weights[n].ndim) for n, energy in mode.read.items()}
     written = {n: _spread(energy, weights[n].ndim) for n, energy in mode.written.items()}
-    from_readers, from_writers = unit_sums(space, read, dim=1), unit_sums(space, written, dim=0)
+    from_readers, from_writers = (unit_sums(space, tensors.items(), dim) for tensors, dim in ((read, 1), (written, 0)))
     scores = {n: s if s.any() else from_writers[n] for n, s in from_readers.items()}
     return _importance(space, {n: s / seen for n, s in scores.items()})
 
@@ -220,12 +210,21 @@ def _average(
     batches: Iterable[Any],
     loss: Loss,
     group: int,
-    contributions: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]],
+    *,
+    square_sums: bool,
 ) -> Importance:
-    """Average per-group contributions over all samples, each group weighted by its size."""
+    """Squares of weight times gradient, or of its sums over a unit, averaged over groups weighted by their sizes."""
     weights, samples = _weights(model, space), 0
-    directions = {width: directions_of(model, space, width) for width in space.rotated()}
-    totals = unit_sums(space, {})
+    totals = unit_sums(space, ())
+
+    def squared(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
+        products = ((name, own.detach() * grad) for name, own, grad in pairs)
+        if square_sums:
+            return {name: sums.square() for name, sums in unit_sums(space, products).items()}
+        return unit_sums(space, ((name, product.square()) for name, product in products))
+
+    # The units of a width behind a LayerNorm are scored as the directions that they stand for.
+    centred = {w: rotatable(space)[w].places for w in space.rotated() if is_centred(model, space, w)}
     frozen = [w for w in weights.values() if not w.requires_grad]
     try:
         for weight in frozen:
@@ -239,10 +238,14 @@ def _average(
                     )
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 seen = {n: g for n, g in zip(weights, grads, strict=True) if g is not None}
-                scores = contributions(weights, seen)
-                for width, matrix in directions.items():
-                    own, turned = (along(tensors, space, width, matrix) for tensors in (weights, seen))
-                    scores[width] = contributions(own, turned)[width]
+                scores = squared((n, weights[n], g) for n, g in seen.items())
+                for width, places in centred.items():
+                    turned = (
+                        (n, along(weights[n].detach(), n, space, width), along(seen[n], n, space, width))
+                        for n in places
+                        if n in seen
+                    )
+                    scores[width] = squared(turned)[width]
                 for name, score in scores.items():
                     totals[name] += count * score
                 samples += count

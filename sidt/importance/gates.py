@@ -138,7 +138,7 @@ class Gates:
         So a head scores as much as all its units together, as it costs as much. Units without a gate (kinds that were
         left out, dimensions that must stay whole) score 1.
         """
-        sums, gated = unit_sums(self.space, {}), unit_sums(self.space, {})
+        sums, gated = unit_sums(self.space, ()), unit_sums(self.space, ())
         for parameter, factor in self._factors.items():
             shape = [axis_size(axis, self.space.sizes) for axis in self.space.places[parameter].axes]
             for dim, along in factor.along(shape).items() if len(shape) > 1 else ():
@@ -147,7 +147,7 @@ class Gates:
                     there[site.start : site.end] = shape[dim] / math.prod(shape)  # all other axes are summed over, too
                 for totals, each in ((sums, along.abs().cpu() * there), (gated, there)):
                     entries = each.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-                    for name, total in unit_sums(self.space, {parameter: entries}, dim).items():
+                    for name, total in unit_sums(self.space, [(parameter, entries)], dim).items():
                         totals[name] += total
         return Importance(self.space, {n: torch.where(gated[n] > 0, s, 1.0).numpy() for n, s in sums.items()})
 

@@ -1,6 +1,6 @@
 """Scores: a number for every unit of every dimension, and the one reduction that all criteria make them by."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,14 @@ def load_importance(path: str | Path, space: DimensionSpace) -> Importance:
         raise InputError(f"cannot read the scores {path}: {error}; write them again with `sidt score`") from None
 
 
-def unit_sums(space: DimensionSpace, tensors: Mapping[str, Tensor], dim: int | None = None) -> dict[str, Tensor]:
+def unit_sums(
+    space: DimensionSpace, tensors: Iterable[tuple[str, Tensor]], dim: int | None = None
+) -> dict[str, Tensor]:
     """Sum contributions over all axes but a dimension's own, over every place where it lives.
 
     Args:
         space: the space.
-        tensors: contributions by parameter name, each with the parameter's shape.
+        tensors: names of parameters and contributions of the parameter's shape; a generator holds one at a time.
         dim: count only the places along this tensor axis.
 
     Returns:
@@ -81,7 +83,7 @@ def unit_sums(space: DimensionSpace, tensors: Mapping[str, Tensor], dim: int | N
     for name, dimension in space.dimensions.items():
         shape = (*([sizes[dimension.per]] if dimension.per else []), dimension.size)
         sums[name] = torch.zeros(shape, dtype=torch.float64)
-    for parameter, tensor in tensors.items():
+    for parameter, tensor in tensors:
         for position, axis in enumerate(space.places[parameter].axes):
             if dim is not None and position != dim:
                 continue

@@ -179,20 +179,21 @@ def _align_v(model: nn.Module, sites: _Sites, moments: Moments) -> dict[tuple[st
     (v,), biases = (_stretch(model, site, sites) for site in sites.writers), sites.biases
     reader = model.get_parameter(sites.reader).data
     read = moments.read_by(sites.reader)
-    change = torch.eye(len(read), dtype=torch.float64)
+    moved = read.clone()
     for head in range(sites.heads):
         own = slice(head * sites.size, (head + 1) * sites.size)
         columns = _rows(reader)[:, own]
         root = _root(read[own, own])
-        left, values, _ = torch.linalg.svd(root @ columns.T)
+        left, values, _ = torch.linalg.svd(root @ columns.T, full_matrices=columns.shape[0] < sites.size)
         scale = torch.ones(sites.size, dtype=torch.float64) * values[0] * _JITTER
         scale[: len(values)] = values.clamp(min=float(values[0]) * _JITTER)
         to_v = torch.linalg.solve(root, left * scale.sqrt())
-        change[own, own] = to_v
+        moved[own] = to_v.T @ moved[own]
+        moved[:, own] = moved[:, own] @ to_v
         for view in (v, *(_stretch(model, site, sites) for site in biases)):
             view[head].copy_((to_v.T @ _rows(view[head])).view_as(view[head]))
         reader[:, own].copy_(torch.linalg.solve(to_v, columns.T).T.reshape(reader[:, own].shape))
-    return {(sites.reader, 0): change.T @ read @ change}
+    return {(sites.reader, 0): moved}
 
 
 def _rows(tensor: Tensor) -> Tensor:

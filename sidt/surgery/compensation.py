@@ -62,8 +62,11 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
                 moment = moment[:-1, :-1]
             else:
                 columns = torch.cat([columns, torch.tensor([dense.shape[1]])])
-            weight = weight[rows]
-            _write(sliced, name, refit(weight[:, columns], weight @ moment[:, columns], moment[columns][:, columns]))
+            weight, near = weight[rows], weight[rows][:, columns]
+            dropped = torch.ones(weight.shape[1], dtype=torch.bool)
+            dropped[columns] = False
+            seen = moment[:, columns]
+            _write(sliced, name, refit(near, weight[:, dropped] @ seen[dropped], seen[columns]))
         for name, reads in narrowed(model, plan, moments).items():
             weight, bias = _with_bias(model, name)
             moment = moments.read_by(name)
@@ -77,7 +80,8 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
                 weight, near = weight[rows], near[rows]
             cross, seen = reads(moment @ reads.widened(weight).T).T, reads(reads(moment).T)
             inputs = near.shape[1]  # the constant 1 is one for a layer with a bias
-            _write(sliced, name, refit(near, cross[:, :inputs], seen[:inputs, :inputs]))
+            moment = seen[:inputs, :inputs]
+            _write(sliced, name, refit(near, cross[:, :inputs] - near @ moment, moment))
     return sliced
 
 
@@ -180,16 +184,16 @@ def _refit_one(
         cross, moment = cross + written.T @ read, moment + read.T @ read
     whole = _with_bias(sliced, name)[0]
     here = slice(own[1], own[1] + len(small))
-    whole[here] = refit(whole[here], cross / len(batches), moment / len(batches))
+    whole[here] = refit(whole[here], (cross - whole[here] @ moment) / len(batches), moment / len(batches))
     _write(sliced, name, whole)
 
 
-def refit(weight: Tensor, cross: Tensor, moment: Tensor) -> Tensor:
+def refit(weight: Tensor, missing: Tensor, moment: Tensor) -> Tensor:
     """The least-squares weights near some weights.
 
     Args:
         weight: [out, in], what a small ridge pulls to.
-        cross: [out, in], the mean of ``y x^T`` over what the layer should write and what it reads.
+        missing: [out, in], the mean of ``e x^T`` over what these weights write too little and what the layer reads.
         moment: [in, in], the mean of ``x x^T``.
 
     Raises:
@@ -197,13 +201,13 @@ def refit(weight: Tensor, cross: Tensor, moment: Tensor) -> Tensor:
     """
     if not moment.numel():
         return weight
-    if not (moment.isfinite().all() and cross.isfinite().all()):
+    if not (moment.isfinite().all() and missing.isfinite().all()):
         raise InputError("what a layer reads or writes is not finite; check the model's weights and the images")
     ridge, identity = _RIDGE * moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype)
     while True:
         root, failed = torch.linalg.cholesky_ex(moment + ridge * identity)
         if not failed:
-            return weight + torch.cholesky_solve((cross - weight @ moment).T, root).T
+            return weight + torch.cholesky_solve(missing.T, root).T
         ridge = 10 * ridge  # moments are sums of float32 products: a nearly singular one may not be positive
 
 

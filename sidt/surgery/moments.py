@@ -152,8 +152,8 @@ def measure_moments(
             units = x.unflatten(1, (-1, count))
             x = torch.cat([units, units.any(1, keepdim=True)], 1).flatten(1)
         x = _with_one(x)
-        moment = (x.T @ x).double().cpu()
-        totals[rows] = totals[rows] + moment if rows in totals else moment
+        moment = _gram(x).double().cpu()
+        totals[rows] = totals[rows].add_(moment) if rows in totals else moment
         counts[rows] = counts.get(rows, 0) + len(x)
 
     with torch.no_grad(), watching(twin, wanted, add):
@@ -162,9 +162,9 @@ def measure_moments(
             seen += 1
     if not seen:
         raise InputError("the moments got no batch; give at least one image")
-    if bad := next((name for (name, _), total in totals.items() if not total.isfinite().all()), None):
+    if bad := next((name for (name, _), total in totals.items() if not total.diagonal().isfinite().all()), None):
         raise InputError(f"what {bad} reads is not finite; check the model's weights and the images")
-    return Moments(space, {rows: total / counts[rows] for rows, total in totals.items()})
+    return Moments(space, {rows: total.div_(counts[rows]) for rows, total in totals.items()})
 
 
 def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
@@ -172,6 +172,22 @@ def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
         return False
     kinds = [{space.dimensions[n].kind for n in names(axis)} for axis in axes[:2]]
     return "qk" in kinds[0] or bool(kinds[1] & {"v", "mlp"})
+
+
+_STRIPS, _WIDE = 4, 2048
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x^T x``; of many columns in strips, which the symmetry saves three eighths of."""
+    size = x.shape[1]
+    if size < _WIDE:
+        return x.T @ x
+    result, step = x.new_empty(size, size), -(-size // _STRIPS)
+    for start in range(0, size, step):
+        strip = slice(start, start + step)
+        result[strip, start:] = x[:, strip].T @ x[:, start:]
+        result[start + step :, strip] = result[strip, start + step :].T
+    return result
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -99,10 +99,9 @@ def given_to(model: nn.Module, moments: Moments, stream: Stream, norm: str, read
     if taps > 1:
         tap = moment.diagonal()[-1 - taps : -1].argmax()
         moment = moment[tap:-1:taps, tap:-1:taps] / moment[tap - 1 - taps, tap - 1 - taps]
-    size = len(moment) - 1
-    without = torch.eye(size + 1, dtype=torch.float64)[:-1]
-    without[:, -1] = -_shift(model, norm, size)
-    return without @ moment @ without.T
+    shift = _shift(model, norm, len(moment) - 1)
+    mean = torch.outer(moment[:-1, -1], shift)
+    return moment[:-1, :-1] - mean - mean.T + torch.outer(shift, shift)
 
 
 def _shift(model: nn.Module, norm: str, size: int) -> Tensor:

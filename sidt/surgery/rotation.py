@@ -12,7 +12,7 @@ from the k-th on add is the same in all, which the norm of the sliced model take
 exactly the first k - 1 directions**, cut by an index like any other unit, and one unit is the price of the mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -130,13 +130,31 @@ def rotate(model: nn.Module, space: DimensionSpace, width: str, matrix: Tensor) 
 
 def turned(tensor: Tensor, dim: int, axis: Axis, width: str, sizes: Mapping[str, int], matrix: Tensor) -> Tensor:
     """A tensor in float64 whose units of a width along one of its axes are multiplied by a matrix [new, C]."""
+    matrix = matrix.to(tensor.device)
+    return changed(
+        tensor.double(), dim, axis, width, sizes, lambda units: torch.einsum("kc,...aci->...aki", matrix, units)
+    )
+
+
+def changed(
+    tensor: Tensor, dim: int, axis: Axis, width: str, sizes: Mapping[str, int], change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A tensor whose units of a width along one of its axes are changed.
+
+    Args:
+        tensor: any.
+        dim: the axis.
+        axis: what it is made of.
+        width: one of its dimensions.
+        sizes: of all dimensions.
+        change: is given the units as the last axis but one, [..., C, what repeats within a unit], and keeps the others.
+    """
     (term,) = axis
     position = term.index(width)
     inner = term_size(term[position + 1 :], sizes)
-    split = tensor.double().movedim(dim, -1)
+    split = tensor.movedim(dim, -1)
     before, shape = split.shape[:-1], (-1, sizes[width], inner)
-    result = torch.einsum("kc,...aci->...aki", matrix.to(split.device), split.reshape(*before, *shape))
-    moved: Tensor = result.reshape(*before, -1).movedim(-1, dim)
+    moved: Tensor = change(split.reshape(*before, *shape)).reshape(*before, -1).movedim(-1, dim)
     return moved
 
 

@@ -138,7 +138,7 @@ def test_model_is_left_as_it_was(vit, criterion):
 def test_reduction_counts_every_entry_of_every_place(vit):
     model, space, _ = vit
     ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    sums = unit_sums(space, ones)
+    sums = unit_sums(space, ones.items())
     assert sums["qk.0"].shape == (3, 64)
     attention = model.blocks[0].attn
     # A v unit of a head: a row of v with its bias, and a column of proj.

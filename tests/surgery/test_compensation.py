@@ -104,7 +104,8 @@ def test_least_squares_by_hand():
     x1 = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     x = torch.stack([x1, 2 * x1 + 1, torch.ones(4, dtype=torch.float64)], 1)
     moment, weight, kept = x.T @ x / 4, torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), torch.tensor([0, 2])
-    found = refit(weight[:, kept], weight @ moment[:, kept], moment[kept][:, kept])
+    near, seen = weight[:, kept], moment[kept][:, kept]
+    found = refit(near, weight @ moment[:, kept] - near @ seen, seen)
     assert_close(found, torch.tensor([[5.0, 5.0]], dtype=torch.float64), rtol=1e-3, atol=1e-3)
 
 

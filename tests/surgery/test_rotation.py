@@ -7,7 +7,7 @@ from backbones import BACKBONES, TIMM_BACKBONES, Backbone, random_plan, shake
 from torch.testing import assert_close
 
 import sidt
-from sidt.importance.directions import directions_of
+from sidt.importance.directions import directions, is_centred
 from sidt.space.families import INNER_KINDS
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
@@ -124,6 +124,17 @@ def test_helmert():
         assert_close(rows[:kept, kept - 1 :], rows[:1, kept - 1 :].expand(kept, -1), rtol=0, atol=0)
 
 
+def in_directions(size):
+    """The orthogonal matrix from units behind a LayerNorm to their mean and their directions."""
+    mean = torch.full((1, size), size**-0.5, dtype=torch.float64)
+    return torch.cat([mean, helmert_rows(size).T])
+
+
+def test_directions_are_a_product_with_helmert():
+    units = torch.randn(2, 7, 3, dtype=torch.float64)
+    assert_close(directions(units), in_directions(7) @ units, rtol=0, atol=1e-14)
+
+
 def test_norms_are_asked_whether_they_take_the_mean():
     assert takes_mean(torch.nn.LayerNorm(6), 6) and not takes_mean(torch.nn.RMSNorm(6), 6)
     shifted = torch.nn.LayerNorm(6)
@@ -137,14 +148,14 @@ def test_a_cut_of_units_is_a_cut_of_directions(backbone):
     _, batch, aligned, moments = rotated(backbone)
     space, kept = moments.space, 70
     sliced = slice_model(aligned, DimensionPlan(space, {"embed": np.arange(kept)}))
-    basis = directions_of(aligned, space, "embed")
+    basis = in_directions(192) if is_centred(aligned, space, "embed") else None
     seen = []
     for model in (aligned, sliced):
         model.blocks[0].norm1.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
         outputs(model, batch)
     (stream, _), (_, out) = seen
-    directions = stream if basis is None else (stream @ basis.T)[..., 1:]
-    left = directions[..., : kept if basis is None else kept - 1]
+    carried = stream if basis is None else (stream @ basis.T)[..., 1:]
+    left = carried[..., : kept if basis is None else kept - 1]
     expected = left / left.square().sum(-1, keepdim=True).sqrt() * kept**0.5
     if basis is not None:
         expected = expected @ helmert_rows(kept).T
@@ -193,7 +204,7 @@ def test_directions_are_scored_by_what_they_carry():
     _, batch, aligned, moments = rotated(TIMM_BACKBONES[0])
     targets = torch.arange(len(batch))
     scores = sidt.importance.taylor(aligned, [(batch, targets)], space=moments.space).scores["embed"]
-    basis = directions_of(aligned, moments.space, "embed")
+    basis = in_directions(192)
     aligned.zero_grad()
     torch.nn.functional.cross_entropy(aligned(batch), targets).backward()
     sums = torch.zeros(192, dtype=torch.float64)
