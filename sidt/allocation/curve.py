@@ -14,7 +14,8 @@ from sidt.errors import InputError
 from sidt.importance.scores import Importance
 
 # Where a search starts, by the plain ranking and with less width; it goes from the least that can be reached to 1.
-_SHARES, _NARROWER = (0.6, 0.4, 0.25, 0.15, 0.1), -0.5
+_SHARES, _NARROWER = (0.6, 0.4, 0.25, 0.15, 0.1, 0.05), -0.5
+_APART = 1.05  # corners nearer than this ratio are one
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def knees(front: Sequence[Point]) -> list[Point]:
             hull.pop()
         if not hull or point.share > hull[-1].share:
             hull.append(point)
-    return hull
+    return [p for p, after in zip(hull, [*hull[1:], None], strict=True) if not after or after.share > _APART * p.share]
 
 
 def _slope(low: Point, high: Point) -> float:

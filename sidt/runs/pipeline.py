@@ -247,7 +247,7 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
     model = base_model(run)
     if at is not None:
         _take_point(run, model, at, say)
-    plan = _on_base(model, searched_plan(run, space_for(dense_model(run))))
+    plan = _on_base(run, model)
     small = _slicer(model, _moments(run, model))(plan)
     if run.config.repair:
         images = _sample(_data(run.config.data).calibration, _WIDTH_IMAGES)
@@ -474,10 +474,12 @@ def _on_dense(base: nn.Module, plan: DimensionPlan) -> DimensionPlan:
     return plan if earlier is None else earlier.then(plan)
 
 
-def _on_base(base: nn.Module, plan: DimensionPlan) -> DimensionPlan:
-    """A plan on the dense model as one on the base."""
+def _on_base(run: Run, base: nn.Module) -> DimensionPlan:
+    """The searched plan, on the base."""
     earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
-    return plan if earlier is None else plan.after(earlier, space_for(base))
+    if earlier is None:
+        return searched_plan(run, space_for(base))
+    return searched_plan(run, earlier.space).after(earlier, space_for(base))
 
 
 def _says(gain: Gain, objective: str) -> str:

@@ -146,6 +146,8 @@ def test_the_nearest_point_and_the_knees():
     assert nearest(curve, 0.29).share == 0.4 and nearest(curve, 0.28).share == 0.2  # as a ratio: 0.283 is between
     assert [p.share for p in knees(curve)] == [0.1, 0.2, 0.8]
     assert knees(curve[:1]) == curve[:1]
+    near = [Point(value, share, 1, 1, {}) for value, share in ((0.0, 0.1), (0.5, 0.101), (0.6, 0.5))]
+    assert [p.share for p in knees(near)] == [0.101, 0.5]  # of two at one cost, the better
 
 
 def test_gain_is_measured_on_fresh_data_and_paired():

@@ -388,8 +388,9 @@ def test_a_run_measures_and_reads_once(sidt_command, tmp_path, monkeypatch):
     assert code == 0, err
     assert sorted(calls) == ["load_data", "measure_moments"]
     before = (tmp_path / "run" / "sliced" / "model.safetensors").read_bytes()
-    code, _, _ = sidt_command("slice", tmp_path / "run")
+    code, _, err = sidt_command("slice", tmp_path / "run")
     assert code == 0 and calls.count("measure_moments") == 1
+    assert "repair of the width" not in err, "a rotated width is repaired from the moments, not by further passes"
     assert (tmp_path / "run" / "sliced" / "model.safetensors").read_bytes() == before
     code, _, _ = sidt_command("slice", tmp_path / "run", "--set", "score.images=32")
     assert code == 0 and calls.count("measure_moments") == 2, "moments of other images are not taken for these"
