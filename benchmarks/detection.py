@@ -28,6 +28,7 @@ from sidt.cost.budget import Budget
 from sidt.detection.data.digits import write_digits
 from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
+from sidt.detection.detectors.pyramid import only_layers
 from sidt.detection.detectors.space import detector_space, parts
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
@@ -37,6 +38,7 @@ from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance
 from sidt.runs.report import table
 from sidt.space.space import DimensionSpace
+from sidt.space.trace import InputSize
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, measure_moments
@@ -47,7 +49,7 @@ from sidt.training.data import DataConfig, load_data
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 256
-CURVE = (0.8, 0.6, 0.3, 0.2)  # shares of the backbone's multiply-adds for the curve without fine-tuning
+CURVE = (0.8, 0.6, 0.3, 0.2, 0.1)  # shares of the backbone's multiply-adds for the curve without fine-tuning
 FINETUNED = ("Taylor, detection loss", "SiDT repair, detection loss", "SiDT repair, classification")
 STEPS = ("sliced", "fine-tuned")
 
@@ -101,6 +103,7 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
     batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
     classifier, digits, accuracy = digit_classifier(detector, config, space, seed)
     ways = methods(detector, batches, digits, classifier, space)
+    ways["SiDT with width, detection loss"] = with_width(detector, config, batches, input_size(run))
     curves = all_curves(folder / "curves", config, ways)
     rows = {}
     for name, share, way in [("dense", 1.0, ""), *(_row(way, share) for share in shares for way in FINETUNED)]:
@@ -165,6 +168,25 @@ def methods(
     }
 
 
+def with_width(
+    detector: nn.Module, config: Config, batches: list[Any], size: InputSize
+) -> Callable[[float], nn.Module]:
+    """The backbone's width with the other dimensions, by the plain ranking, as ``sidt detect search`` starts."""
+
+    @cache
+    def scored() -> tuple[nn.Module, Moments, Importance]:
+        plain, own = only_layers(detector, config)
+        space = detector_space(plain, own.model, size)
+        base, moments = align(plain, measure_moments(plain, batches, forward=detector_loss, space=space))
+        return base, moments, criteria.taylor(base, batches, detector_loss, space=moments.space)
+
+    def make(share: float) -> nn.Module:
+        base, moments, scores = scored()
+        return compensate(base, allocate(scores, Budget(macs=share)), moments)
+
+    return make
+
+
 def all_curves(folder: Path, config: Config, ways: dict[str, Callable[[float], nn.Module]]) -> dict[str, list[float]]:
     """Test AP without fine-tuning at every share of ``CURVE``, for every way; a file for each."""
     found = {}
@@ -200,7 +222,7 @@ def main(backbone: str, seeds: str, shares: str, runs: Path, out: Path | None) -
     """Run all seeds, then write the results."""
     where = environment()
     click.echo(write_digits(runs / "digits"))
-    left = [float(s) for s in shares.split(",")]
+    left = [float(s) for s in shares.split(",") if s]
     found = [
         one_seed(backbone, int(seed), left, runs / f"{backbone}-{seed}", runs / "digits", {})
         for seed in seeds.split(",")
