@@ -42,7 +42,7 @@ class Setting:
         dense: the model, in eval mode on the CPU.
         space: its dimensions.
         data: calibration and holdout are a method's; test is not.
-        kind: what the target counts, ``params`` or ``macs``.
+        kind: what the target counts, ``params`` or ``macs``; SiDT's rows also take ``latency``.
         share: the part of it that may stay.
         seed: of calibration and held-out images, and of random scores.
         images: the number of calibration images.

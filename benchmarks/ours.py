@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from sidt import importance as criteria
 from sidt.allocation.greedy import Rules, allocate
 from sidt.allocation.steps import Slicer, before_last, steps_for
 from sidt.allocation.study import search
+from sidt.allocation.timing import latencies_for
 from sidt.importance.scores import Importance
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate, readers
@@ -98,11 +100,12 @@ def width(setting: Setting, *, steps: int | None = 1, trials: int = 0, round_to:
         found = criteria.taylor(base, images, space=moments.space)
         return base, found, lambda plan: compensate(base, plan, moments)
 
-    steps = steps or steps_for(setting.budget)
+    steps = steps or (1 if setting.kind == "latency" else steps_for(setting.budget))
     model, budget = before_last(setting.dense, setting.budget, steps, prepare, rules=rules)
     base, scores, slicer = prepare(model)
+    latencies = latencies_for(setting.scratch / "latency", base, scores, budget, rules, click.echo)
     if not trials:
-        plan = allocate(scores, budget, **asdict(rules))
+        plan = allocate(scores, budget, **asdict(rules), latencies=latencies)
         return slicer(plan), {"sizes": plan.sizes, "steps": steps}
     held, fresh = setting.holdout(HELD_OUT), sample(setting.data.fresh, FRESH, setting.seed)
     parts = [Subset(held, range(i, HELD_OUT, PARTS)) for i in range(PARTS)]
@@ -115,6 +118,7 @@ def width(setting: Setting, *, steps: int | None = 1, trials: int = 0, round_to:
         trials=trials,
         seed=setting.seed,
         rules=rules,
+        latencies=latencies,
         slicer=slicer,
         progress=False,
     )

@@ -12,7 +12,7 @@ from sidt.files import read_json, replacing
 from sidt.runs.report import table
 
 Results = dict[str, list[dict[str, Any]]]  # of every seed, by learning rate
-OURS, _NAMES = ("SiDT", "SiDT repair"), {"params": "parameters", "macs": "MACs"}
+OURS, _NAMES = ("SiDT", "SiDT repair"), {"params": "parameters", "macs": "MACs", "latency": "time at batch 1"}
 _DRAWN = ("SiDT", "ModelOpt FastNAS", "CORP", "VBP", "Torch-Pruning")
 
 
