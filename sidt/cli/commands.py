@@ -144,7 +144,7 @@ def run(**arguments: Any) -> None:
 @_SET
 @DEVICE
 def demo(**arguments: Any) -> None:
-    """The whole way on handwritten digits, with nothing to download: to a tenth of the parameters in minutes."""
+    """The whole way on handwritten digits, with nothing to download: to a fiftieth of the parameters."""
     from importlib import resources
 
     from sidt.runs import pipeline

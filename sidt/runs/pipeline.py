@@ -223,6 +223,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
                 "says": _says(gain, config.objective),
             },
             "front": [asdict(point) for point in result.front],
+            "along": [(t.values[1], t.values[0], _is_plain(t.params)) for t in finished] if config.pareto else [],
         },
     )
     small, full = report(whole.space, whole.sizes), report(whole.space)
@@ -233,6 +234,11 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
     verdict = f"; {_says(gain, config.objective)}" if gain else ""
     return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
+
+
+def _is_plain(params: dict[str, float]) -> bool:
+    """Whether a trial of a curve is the plain ranking at its budget."""
+    return not any(value for knob, value in params.items() if knob != "share")
 
 
 def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print) -> str:
@@ -289,7 +295,7 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
 def _curve(run: Run, found: dict[str, Any]) -> list[Point]:
     """The curve that the search left."""
     try:
-        return [Point(**point) for point in found["front"]]
+        return [Point(**point) for point in found["front"] if found["along"]]
     except (KeyError, TypeError):
         raise InputError(f"{run.folder / SEARCH} is damaged or of an earlier version; search again") from None
 
@@ -342,9 +348,8 @@ def write_report(run: Run) -> str:
     reporting.plot_kept(plan, run.folder / "kept.png")
     curve, judged_by = "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front := _curve(run, search_result):
-        points = [(point.value, point.share) for point in front]
         kind, picture = search_result["bounds"], run.folder / "search.png"
-        reporting.plot_front(points, search_result["dense"], kind, judged_by, picture)
+        reporting.plot_front(front, search_result["along"], search_result["dense"], kind, judged_by, picture)
         curve = reporting.curve_text(front, space, judged_by)
     else:
         reporting.plot_search(

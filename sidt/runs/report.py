@@ -10,6 +10,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from tabulate import tabulate
 
 from sidt.allocation.curve import Point, knees
@@ -203,15 +204,43 @@ def plot_search(values: Sequence[float], plain: float, dense: float | None, scor
     _save(figure, path)
 
 
-def plot_front(front: Sequence[tuple[float, float]], dense: float | None, kind: str, score: str, path: Path) -> None:
-    """Draw the curve of a Pareto search: score against the part of the dense model's cost."""
+def plot_front(
+    front: Sequence[Point],
+    trials: Sequence[tuple[float, float, bool]],
+    dense: float,
+    kind: str,
+    score: str,
+    path: Path,
+) -> None:
+    """Draw the curve of a Pareto search: score against the part of the dense model's cost.
+
+    Args:
+        front: the curve.
+        trials: of each its share, its score, and whether it is the plain ranking.
+        dense: the dense model's score.
+        kind: what the share is of.
+        score: what the score is.
+        path: the picture.
+    """
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([100 * share for _, share in front], [value for value, _ in front], "o-", label="found")
-    if dense is not None:
-        axes.axhline(dense, linestyle=":", color="black", label="dense")
+    axes.plot(*zip(*((100 * share, value) for share, value, _ in trials), strict=True), ".", color="C7", label="trial")
+    plain = sorted((100 * share, value) for share, value, is_plain in trials if is_plain)
+    if plain:
+        axes.plot(*zip(*plain, strict=True), "s--", color="C1", markersize=4, label="plain ranking")
+    axes.plot(
+        [100 * p.share for p in front], [p.value for p in front], "o-", color="C0", markersize=4, label="best found"
+    )
+    axes.axhline(dense, linestyle=":", color="black", label="dense")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{kind} left, in %")
     axes.set_ylabel(score)
+    low = min([dense, *(p.value for p in front), *(value for _, value in plain)])
+    high = max([dense, *(value for _, value, _ in trials)])
+    axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
     axes.legend()
     _save(figure, path)
 

@@ -134,6 +134,9 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
 
     front = read("search/search.json")["front"]
     assert front and {"value", "share", "params", "macs", "knobs"} == set(front[0])
+    along = read("search/search.json")["along"]
+    assert len(along) == 3 and any(plain for _, _, plain in along)
+    assert {(p["share"], p["value"]) for p in front} <= {(share, value) for share, value, _ in along}
     assert "Where the curve bends" in (tmp_path / "r" / "report.md").read_text()
     assert sidt_command("slice", tmp_path / "r", "--at", 0.9)[0] == 0
     code, _, err = sidt_command("evaluate", tmp_path / "r")
