@@ -269,6 +269,13 @@ class _Allocation:
         return min(dimension.size, (int(self.size[i]) // step + 1) * step)
 
     def _check_reachable(self, budget: Budget, bounded: list[int], limit: Array) -> None:
+        if not self.free.any() and (self.costs.of(self.size)[bounded] > limit).any():
+            kinds, freeze = (
+                ", ".join(names) for names in (self.rules.kinds or ("any",), self.rules.freeze or ("none",))
+            )
+            raise InputError(
+                f"the budget {budget} cannot be met: no dimension may shrink, of the kinds {kinds} with {freeze} frozen"
+            )
         least = self.size.copy()
         for i, dimension in enumerate(self.dims):
             while self.free[i] and (smaller := _next_size(int(least[i]), self.rules, dimension.kind)) < least[i]:

@@ -188,6 +188,11 @@ def test_an_unreachable_budget_names_the_smallest(refused):
         allocate(scores, Budget(params=least - 1))
 
 
+def test_nothing_that_may_shrink(refused):
+    with refused("no dimension may shrink", "width", "embed"):
+        allocate(random_scores(VIT_TINY, 0), Budget(params=0.5), kinds=("width",), freeze=("embed",))
+
+
 def test_bad_rules(refused):
     scores = random_scores(VIT_TINY, 0)
     with refused("freeze", "'nose.*'"):
