@@ -27,8 +27,7 @@ _FEW, _SHARE = 4, 0.12  # measured in benchmarks/results/width.md: above this pa
 
 def steps_for(budget: Budget) -> int:
     """How many steps serve a budget: several where little stays; one for bounds that are no fractions."""
-    shares = [v for v in (budget.params, budget.macs, budget.latency) if isinstance(v, float)]
-    return _FEW if min(shares, default=1.0) <= _SHARE else 1
+    return _FEW if min(budget.fractions, default=1.0) <= _SHARE else 1
 
 
 def before_last(

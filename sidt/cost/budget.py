@@ -46,6 +46,12 @@ class Budget:
         """The names of what has a bound."""
         return [name for name in BOUNDS if getattr(self, name) is not None]
 
+    @property
+    def fractions(self) -> list[float]:
+        """The bounds that are a part of the dense model."""
+        parsed = [_parse(name, getattr(self, name)) for name in self.bounded]
+        return [part for part in parsed if part is not None and part <= 1]
+
     def bounds(self, *dense: int) -> tuple[int | None, ...]:
         """The largest whole numbers that are allowed.
 

@@ -17,8 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,8 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from sidt.allocation.curve import Point, nearest
-from sidt.allocation.greedy import Rules
 from sidt.allocation.knobs import plan_at
-from sidt.allocation.steps import before_last, steps_for
+from sidt.allocation.steps import Slicer, before_last
 from sidt.allocation.study import Gain
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
@@ -41,25 +38,34 @@ from sidt.export.checkpoint import load, save
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
-from sidt.importance import criteria
-from sidt.importance.gates import learn_gates
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs import report as reporting
-from sidt.runs.config import RunConfig
+from sidt.runs.base import (
+    MOMENTS,
+    STEPS,
+    budget_left,
+    latency_folder,
+    moments_of,
+    on_base,
+    on_dense,
+    origin_of,
+    rules_of,
+    scored,
+    slicer_of,
+    steps_of,
+)
 from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
+from sidt.runs.images import data_of, held_out_images, sample
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import DimensionSpace, space_for
-from sidt.surgery.alignment import align
-from sidt.surgery.compensation import compensate, refit_width
-from sidt.surgery.moments import Moments, load_moments, measure_moments
+from sidt.space.space import space_for
+from sidt.surgery.compensation import refit_width
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import DataConfig, Splits, load_data
+from sidt.training.data import Splits
 from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
 from sidt.training.loop import Loss, TrainConfig, fit, weights_digest
 
-LATENCY, MOMENTS, STEPS = "latency", "base/moments.safetensors", "base/steps.json"
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
@@ -70,7 +76,7 @@ _PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 def train(run: Run) -> str:
     """Train the dense model, or take it with the weights it comes with."""
-    config, data = run.config, _data(run.config.data)
+    config, data = run.config, data_of(run.config.data)
     torch.manual_seed(config.seed)
     model = create_model(config.model.name, config.model.args, pretrained=config.model.pretrained)
     space_for(model)  # a model without a space is said now, not after training
@@ -90,21 +96,21 @@ def train(run: Run) -> str:
 
 def score(run: Run, say: Callable[[str], None] = print) -> str:
     """Align the dense model, if it is to be repaired, and score every unit of it; with steps, slice it on the way."""
-    begin, budget, steps = time.perf_counter(), run.config.budget.value(), _steps(run.config)
+    begin, budget, steps = time.perf_counter(), run.config.budget.value(), steps_of(run.config)
 
-    def prepare(model: nn.Module) -> tuple[nn.Module, Importance, Callable[[DimensionPlan], nn.Module]]:
-        base, scores, moments = _scored(run, model)
-        return base, scores, _slicer(base, moments)
+    def prepare(model: nn.Module) -> tuple[nn.Module, Importance, Slicer]:
+        base, scores, moments = scored(run, model)
+        return base, scores, slicer_of(base, moments)
 
     def timed(base: nn.Module, scores: Importance, limits: Budget) -> LayerLatencies | None:
-        return latencies_for(_latency(run, base), base.to(run.device), scores, limits, _rules(run.config), say)
+        return latencies_for(latency_folder(run, base), base.to(run.device), scores, limits, rules_of(run.config), say)
 
     if steps > 1:
         say(f"score: {steps} steps, each with images, scores and a slice of its own")
-    model, limits = before_last(dense_model(run), budget, steps, prepare, rules=_rules(run.config), timed=timed)
-    model, found, moments = _scored(run, model)
+    model, limits = before_last(dense_model(run), budget, steps, prepare, rules=rules_of(run.config), timed=timed)
+    model, found, moments = scored(run, model)
     if moments is not None:
-        moments.save(run.folder / MOMENTS, _made_of(run, model))
+        moments.save(run.folder / MOMENTS, origin_of(run, model))
     if steps > 1:  # before the base: of any base, what is left of the budget is the same
         write_json(run.folder / STEPS, {"steps": steps, "budget": str(budget), "left": asdict(limits)})
     found.save(run.folder / "scores.safetensors")
@@ -118,73 +124,35 @@ def score(run: Run, say: Callable[[str], None] = print) -> str:
     )
 
 
-def _scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments | None]:
-    """A model aligned, if it is to be repaired, its scores, and what its repair stands on."""
-    config, space, moments = run.config.score, space_for(model), None
-    if run.config.repair:
-        model, moments = align(model, _measured(run, model))
-        space = moments.space
-    if config.method == "gates":
-        found = _gate_scores(run, model, space)
-    else:
-        options = dict(config.options)
-        if config.method == "random":
-            options.setdefault("seed", run.config.seed)
-        arguments: tuple[Any, ...] = (model,)
-        if config.method not in ("random", "magnitude"):
-            images = _sample(_data(run.config.data).calibration, config.images)
-            arguments = (model.to(run.device), make_loader(images, 64))
-        criterion: Callable[..., Importance] = getattr(criteria, config.method)
-        try:
-            found = criterion(*arguments, space=space, **options)
-        except TypeError as error:
-            raise InputError(f"score.options {options}: {error}; see sidt.importance.{config.method}") from None
-    return model, found, moments
-
-
-def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
-    """Learn gates on training images; a stopped training goes on."""
-    config = run.config.score
-    if config.options:
-        raise InputError(f"score.options {config.options} has no meaning for gates; set score.gates instead")
-    gates = config.gates
-    if gates.device == "auto":
-        gates = gates.model_copy(update={"device": run.device})
-    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()} {weights_digest(model)}"
-    own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
-    images = _sample(_data(run.config.data).train, config.images)
-    return learn_gates(model, images, gates, space=space, folder=own).importance
-
-
 def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
     model, config = base_model(run), run.config.search
     space = space_for(model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
-    held_out = _held_out(run)
+    held_out = held_out_images(run)
 
-    budget = _left(run)
+    budget = budget_left(run)
     judge = correct if config.objective == "top1" else log_likelihood
 
     def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
         parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
         return lambda small: (judge(small, part, device=run.device) for part in parts)
 
-    slicer, begin = _slicer(model, _moments(run, model)), time.perf_counter()
+    slicer, begin = slicer_of(model, moments_of(run, model)), time.perf_counter()
     dense = float(np.concatenate(list(objective(held_out)(dense_model(run)))).mean())
     once = time.perf_counter() - begin
     limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
     cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
     count = len(held_out)  # type: ignore[arg-type]
     say(f"search: {config.trials} trials of {count} held-out images, {cost}; Ctrl-C keeps what is finished")
-    rules = _rules(run.config)
-    latencies = latencies_for(_latency(run, model), model.to(run.device), scores, budget, rules, say)
+    rules = rules_of(run.config)
+    latencies = latencies_for(latency_folder(run, model), model.to(run.device), scores, budget, rules, say)
     result = optuna_search(
         model,
         scores,
         budget,
         objective(held_out),
-        fresh=objective(_data(run.config.data).fresh),
+        fresh=objective(data_of(run.config.data).fresh),
         trials=config.trials,
         timeout=config.timeout,
         seed=run.config.seed,
@@ -199,7 +167,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
     )
     finished = [t for t in result.study.get_trials() if t.values is not None]
-    whole = _on_dense(model, result.plan)
+    whole = on_dense(model, result.plan)
     whole.save(run.folder / PLAN)
     gain = result.gain
     write_json(
@@ -253,10 +221,10 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
     model = base_model(run)
     if at is not None:
         _take_point(run, model, at, say)
-    plan = _on_base(run, model)
-    small = _slicer(model, _moments(run, model))(plan)
+    plan = on_base(run, model)
+    small = slicer_of(model, moments_of(run, model))(plan)
     if run.config.repair:
-        images = _sample(_data(run.config.data).calibration, _WIDTH_IMAGES)
+        images = sample(data_of(run.config.data).calibration, _WIDTH_IMAGES)
         small = refit_width(model, small, plan, make_loader(images, 64))
     small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
@@ -270,7 +238,7 @@ def _repair_says(run: Run, base: nn.Module, plan: DimensionPlan, small: nn.Modul
     """What the repair did to the slice, on held-out images."""
     if not run.config.repair:
         return ""
-    images = _held_out(run)
+    images = held_out_images(run)
     cut, repaired = (reporting.percent(top1(m, images, device=run.device)) for m in (slice_model(base, plan), small))
     return f"; {cut} of the held-out images right as it was cut, {repaired} repaired"
 
@@ -285,9 +253,9 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
     scores = load_importance(existing(run, "scores.safetensors", "score"), space_for(model))
-    rules = _rules(run.config)
+    rules = rules_of(run.config)
     budget = Budget(**{found["bounds"]: float(at)})
-    latencies = latencies_for(_latency(run, model), model.to(run.device), scores, budget, rules, say)
+    latencies = latencies_for(latency_folder(run, model), model.to(run.device), scores, budget, rules, say)
     plan_at(scores, budget, nearest(front, at).knobs, rules=rules, latencies=latencies).save(run.folder / PLAN)
     write_json(run.folder / SEARCH, {**found, "at": at})
 
@@ -303,7 +271,7 @@ def _curve(run: Run, found: dict[str, Any]) -> list[Point]:
 def finetune(run: Run) -> str:
     """Train the sliced model further; the result is the run folder's own checkpoint."""
     model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
-    data = _data(config.data)
+    data = data_of(config.data)
     if config.teacher is not None:
         options = config.teacher.model_dump()
         loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
@@ -320,7 +288,7 @@ def evaluate(run: Run) -> str:
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
     check_one_plan(run)
-    test, rows = _data(run.config.data).test, {}
+    test, rows = data_of(run.config.data).test, {}
     for name, folder in there.items():
         model = load(folder).to(run.device)
         counted = measure(model)
@@ -392,112 +360,11 @@ def run_all(run: Run, say: Callable[[str], None]) -> None:
 # --- what the steps share -----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _data(config: DataConfig) -> Splits:
-    """The data, read once for all steps of a process."""
-    return load_data(config)
-
-
-def _held_out(run: Run) -> Dataset[Any]:
-    """The held-out images that trials are judged on."""
-    data, count = _data(run.config.data), run.config.search.images
-    return data.holdout if count is None else _sample(data.holdout, count)
-
-
-def _measured(run: Run, model: nn.Module) -> Moments:
-    images = _sample(_data(run.config.data).calibration, run.config.score.images)
-    return measure_moments(model.to(run.device), make_loader(images, 64))
-
-
-def _made_of(run: Run, base: nn.Module) -> dict[str, Any]:
-    """What the moments of the base model depend on."""
-    data = run.config.data.model_dump(mode="json")
-    return {"weights": weights_digest(base), "data": data, "images": run.config.score.images}
-
-
-def _moments(run: Run, base: nn.Module) -> Moments | None:
-    """The moments of the base model: those that score left, if they are of this model and these images.
-
-    None where the config wants no repair.
-    """
-    if not run.config.repair:
-        return None
-    made_of = _made_of(run, base)
-    found = load_moments(run.folder / MOMENTS, space_for(base), made_of)
-    if found is None:
-        found = _measured(run, base)
-        found.save(run.folder / MOMENTS, made_of)
-    return found
-
-
-def _slicer(model: nn.Module, moments: Moments | None) -> Callable[[DimensionPlan], nn.Module]:
-    """Makes the small model of a plan: sliced, and repaired where there are moments."""
-    if moments is None:
-        return lambda plan: slice_model(model, plan)
-    return lambda plan: compensate(model, plan, moments)
-
-
-def _rules(config: RunConfig) -> Rules:
-    search = config.search
-    return Rules(search.kinds, search.freeze, search.min_units, search.round_to)
-
-
-def _steps(config: RunConfig) -> int:
-    """In how many slices the small model is reached."""
-    return config.steps or (1 if config.search.pareto else steps_for(config.budget.value()))
-
-
-def _left(run: Run) -> Budget:
-    """The budget, of the model that score left: absolute, if that was sliced on the way.
-
-    Raises:
-        InputError: that model is on the way to another budget, or was to be reached in another number of steps.
-    """
-    budget, path = run.config.budget.value(), run.folder / STEPS
-    made: dict[str, Any] = read_json(path) if path.is_file() else {"steps": 1, "budget": str(budget)}
-    wanted = run.config.steps or (made["steps"] if not run.config.search.pareto else 1)
-    if made["budget"] != str(budget) or made["steps"] != wanted:
-        changes = [f"--set budget.{name}={getattr(budget, name)}" for name in budget.bounded]
-        raise InputError(
-            f"{run.folder / 'base'} is on the way to {made['budget']} in {made['steps']} steps, not to {budget} in "
-            f"{wanted}; run `sidt score {run.folder} {' '.join(changes)} --set steps={wanted}` first"
-        )
-    return Budget(**made["left"]) if "left" in made else budget
-
-
-def _latency(run: Run, base: nn.Module) -> Path:
-    """Where the times of the layers of a base are: those of a slice, which depends on the budget, on their own."""
-    plan: DimensionPlan | None = getattr(base, "sidt_plan", None)
-    if plan is None:
-        return run.folder / LATENCY
-    return run.folder / LATENCY / hashlib.sha256(str(plan.sizes).encode()).hexdigest()[:12]
-
-
-def _on_dense(base: nn.Module, plan: DimensionPlan) -> DimensionPlan:
-    """A plan on the base as one on the dense model, which the base may be a slice of."""
-    earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
-    return plan if earlier is None else earlier.then(plan)
-
-
-def _on_base(run: Run, base: nn.Module) -> DimensionPlan:
-    """The searched plan, on the base."""
-    earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
-    if earlier is None:
-        return searched_plan(run, space_for(base))
-    return searched_plan(run, earlier.space).after(earlier, space_for(base))
-
-
 def _says(gain: Gain, objective: str) -> str:
     """Whether the search paid, in one sentence."""
     if objective == "top1":
         return str(gain)
     return gain.sentence("{:+.4f}", "{:.4f}", f"the log-likelihood of {gain.samples} fresh samples")
-
-
-def _sample(data: Dataset[Any], count: int) -> Subset[Any]:
-    """The same ``count`` samples every time, drawn from all of the data; all of it if there are fewer."""
-    order = np.random.default_rng(0).permutation(len(data))  # type: ignore[arg-type]
-    return Subset(data, order[:count].tolist())
 
 
 def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str, loss: Loss | None = None) -> None:

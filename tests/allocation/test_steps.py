@@ -64,4 +64,6 @@ def test_a_latency_is_a_part_of_the_dense_time():
 
 def test_little_that_stays_is_reached_in_several_steps():
     assert steps_for(Budget(params=0.6)) == steps_for(Budget(params=0.6, macs=100)) == steps_for(Budget(macs="1M")) == 1
-    assert steps_for(Budget(params=0.1)) == steps_for(Budget(params=0.6, macs=0.05)) > 1
+    assert (
+        steps_for(Budget(params="0.1")) == steps_for(Budget(params=0.1)) == steps_for(Budget(params=0.6, macs=0.05)) > 1
+    )

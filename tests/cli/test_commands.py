@@ -376,16 +376,16 @@ def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
 
 
 def test_a_run_measures_and_reads_once(sidt_command, tmp_path, monkeypatch):
-    from sidt.runs import pipeline
+    from sidt.runs import base, images
 
     calls = []
 
-    def counted(name):
-        real = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda *a, **k: calls.append(name) or real(*a, **k))
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: calls.append(name) or real(*a, **k))
 
-    counted("measure_moments")
-    counted("load_data")
+    counted(base, "measure_moments")
+    counted(images, "load_data")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {**TINY["data"], "seed": 7}}))
     code, _, err = sidt_command("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run")
     assert code == 0, err
