@@ -48,7 +48,7 @@ from sidt.training.loop import TrainConfig, fit
 
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})
-RECIPE = {"batch_size": 128, "warmup_epochs": 0.1, "smoothing": 0.1, "precision": "bf16"}
+RECIPE = {"batch_size": 128, "warmup_epochs": 0.1, "smoothing": 0.1}  # and --precision
 GATES = {"precision": "bf16"}  # the rest as GateConfig has it
 GATE_IMAGES = 4096
 
@@ -177,7 +177,7 @@ def model_of(cell: Cell, setting: Setting, runs: Path) -> nn.Module:
     return load_shapes(setting.dense, folder) if cell.row in TOOLS else load(folder)
 
 
-def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
+def train(cell: Cell, setting: Setting, runs: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """The cell of a training: for one seed, all rows see the same images in the same order."""
     before = read_json(cell.untrained.file(runs))
     if "failed" in before:
@@ -185,7 +185,7 @@ def train(cell: Cell, setting: Setting, runs: Path) -> dict[str, Any]:
     model, begin = model_of(cell, setting, runs), time.perf_counter()
     data = setting.data.train
     images = sample(data, cell.images, cell.seed) if cell.images else data
-    config = TrainConfig(epochs=cell.epochs or 1, lr=cell.lr, seed=cell.seed, **RECIPE)
+    config = TrainConfig(epochs=cell.epochs or 1, lr=cell.lr, seed=cell.seed, **recipe)
     states = cell.file(runs).with_suffix("") if cell.epochs else None  # a longer training goes on after every epoch
     loss = distillation_loss(setting.dense, model, smoothing=0.1, features=0) if cell.teacher else None  # rivals too
     fit(model, images, config, folder=states, loss=loss, label=f"{cell.row}, {cell.kind} {cell.share:g}, {cell.step}")
@@ -256,6 +256,7 @@ def all_cells(
 @click.option(
     "--lr", default="1e-4", show_default=True, help="Learning rates of all training; the first seed tells the best."
 )
+@click.option("--precision", type=click.Choice(["bf16", "no"]), default="bf16", show_default=True, help="Of training.")
 @click.option("--teacher", is_flag=True, help="All training again, taught by the unpruned model.")
 @click.option("--latency", is_flag=True, help="Time the models; let nothing else run meanwhile.")
 @click.option("--runs", default="runs/classification", type=click.Path(path_type=Path), show_default=True)
@@ -274,6 +275,7 @@ def main(
     train_images: int,
     epochs: int,
     lr: str,
+    precision: str,
     teacher: bool,
     latency: bool,
     runs: Path,
@@ -284,6 +286,7 @@ def main(
     if unknown := set(rows.split(",")) - {"dense", *ROWS}:
         raise click.ClickException(f"no row {sorted(unknown)[0]!r}; the rows are dense, {', '.join(ROWS)}")
     where, runs = environment(), runs / model
+    recipe: dict[str, Any] = {**RECIPE, "precision": precision}
     out = out or HERE / "results" / f"classification_{model}"
     if model == "vit":
         name, args = VIT
@@ -294,7 +297,7 @@ def main(
         name, args = config["model"], config["args"]
     dense.eval()
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in dense.state_dict().values())).hexdigest()[:12]
-    same = {"weights": digest, "images": images, "recipe": RECIPE}
+    same = {"weights": digest, "images": images, "recipe": recipe}
     if not (runs / "setting.json").exists():
         write_json(runs / "setting.json", same)
     if read_json(runs / "setting.json") != same:
@@ -304,7 +307,9 @@ def main(
 
     def make(cell: Cell) -> dict[str, Any]:
         setting = replace(given, kind=cell.kind, share=cell.share, seed=cell.seed)
-        return shrink(cell, setting, runs, name, args) if cell.step == "no training" else train(cell, setting, runs)
+        if cell.step == "no training":
+            return shrink(cell, setting, runs, name, args)
+        return train(cell, setting, runs, recipe)
 
     lengths = [{name: length} for name, length in (("images", train_images), ("epochs", epochs)) if length]
     trainings = [{**length, "teacher": taught} for length in lengths for taught in (False, True)[: 1 + teacher]]
@@ -333,7 +338,7 @@ def main(
         "deviation over the seeds where the method depends on them. No method has seen the test images. "
         f"{images:,} calibration images; {' and '.join(TOOLS)} choose among their settings on held-out images, with "
         "the first seed; CORP and VBP are made here from their published formulas, in our reading "
-        f"(benchmarks/training_free.py). Training: {', '.join(f'{key} {value}' for key, value in RECIPE.items())}, "
+        f"(benchmarks/training_free.py). Training: {', '.join(f'{key} {value}' for key, value in recipe.items())}, "
         "cosine; for all rows the same images in the same order, at the learning rate behind the result: of those "
         "tried the best on the test images with the first seed, for every row (the JSON has the others). method (s): "
         "wall time until the smaller model is there, with other work on the machine. ms: one forward of 1 and of 32 "
@@ -341,8 +346,9 @@ def main(
     )
     where["command"] = (
         f"python benchmarks/classification.py --data DIR --weights FILE --model {model} --budgets {budgets} "
-        f"--kinds {kinds} --seeds {seeds}"
-    ) + (f" --train-images {train_images} --epochs {epochs} --lr {lr}" + (" --teacher" if teacher else ""))
+        f"--kinds {kinds} --seeds {seeds} --train-images {train_images} --epochs {epochs} --lr {lr} "
+        f"--precision {precision}"
+    ) + " --teacher" * teacher
     write_results(out, f"CIFAR-100, {name}", where, f"{notes}\n\n{text}", {"rows": found})
     if picture is not None:
         draw(out.with_suffix(".json"), picture)

@@ -129,9 +129,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     model, config = base_model(run), run.config.search
     space = space_for(model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
-    held_out = held_out_images(run)
-
-    budget = budget_left(run)
+    held_out, budget = held_out_images(run), budget_left(run)
     judge = correct if config.objective == "top1" else log_likelihood
 
     def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
@@ -249,6 +247,11 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     front = _curve(run, found)
     if not front:
         raise InputError(f"{run.folder} has no curve to take {at} from; run `sidt search {run.folder} --pareto` first")
+    if (run.folder / STEPS).is_file():
+        raise InputError(
+            f"{run.folder / 'base'} was sliced on the way since the curve was found; run `sidt score {run.folder} "
+            f"--set steps=1` and search again"
+        )
     least = min(point.share for point in front)
     if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")

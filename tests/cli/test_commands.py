@@ -1,8 +1,6 @@
 """The command line as a user types it: every step on a tiny model, and every mistake on one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,79 +10,6 @@ import yaml
 from PIL import Image
 
 import sidt
-from sidt.cli import commands as cli
-
-TINY = {
-    "model": {
-        "name": "vit_tiny_patch16_224",
-        "args": {
-            "img_size": 16,
-            "patch_size": 4,
-            "embed_dim": 24,
-            "depth": 2,
-            "num_heads": 2,
-            "num_classes": 10,
-        },
-    },
-    "data": {"name": "digits", "image_size": 16},
-    "train": {"epochs": 1},
-    "score": {"images": 64},
-    "budget": {"params": 0.6},
-    "search": {"trials": 3, "images": 64},
-    "finetune": {"epochs": 1},
-}
-
-
-@pytest.fixture
-def sidt_command(monkeypatch, capsys):
-    """``sidt_command("spaces") -> exit code, stdout, stderr``."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sidt", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
-
-
-@pytest.fixture
-def mistake(sidt_command):
-    """``mistake("search", "x", says=["x"])``: exit code 2, one line on stderr that says the words."""
-
-    def check(*arguments, says=()):
-        code, _, err = sidt_command(*arguments)
-        lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("sidt: ")]
-        assert code == 2 and len(lines) == 1 and err.rstrip().endswith(lines[0]), err
-        assert all(str(word) in lines[0] for word in says), lines[0]
-
-    return check
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    """A run folder made step by step, each by its own command in its own process."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    for step in ("train", "score", "search", "slice", "finetune", "evaluate", "report"):
-        source = [config, "--out", folder] if step == "train" else [folder]
-        done = subprocess.run(
-            [sys.executable, "-m", "sidt", step, *source], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
-        assert done.stdout.count("held-out images, about") == (step == "search")  # what it will cost, once
-    return folder
 
 
 def test_the_steps_leave_a_whole_run_folder(finished):
@@ -119,82 +44,6 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
     assert code == 0 and "after 4 trials" in out
     code, _, err = sidt_command("finetune", finished)
     assert code == 0, err
-
-
-def test_run_and_pareto(config, tmp_path, sidt_command):
-    changes = ("search.pareto=true", "search.objective=top1", "repair=false", "finetune.epochs=0")
-    code, out, err = sidt_command("run", config, "--out", tmp_path / "r", *(f"--set={change}" for change in changes))
-    assert code == 0, err
-    dense, base = (sidt.load(tmp_path / "r" / name).state_dict() for name in ("dense", "base"))
-    assert all(torch.equal(dense[name], tensor) for name, tensor in base.items())  # nothing was aligned
-    assert "report ->" in out
-
-    def read(name):
-        return json.loads((tmp_path / "r" / name).read_text())
-
-    front = read("search/search.json")["front"]
-    assert front and {"value", "share", "params", "macs", "knobs"} == set(front[0])
-    along = read("search/search.json")["along"]
-    assert len(along) == 3 and any(plain for _, _, plain in along)
-    assert {(p["share"], p["value"]) for p in front} <= {(share, value) for share, value, _ in along}
-    assert "Where the curve bends" in (tmp_path / "r" / "report.md").read_text()
-    assert sidt_command("slice", tmp_path / "r", "--at", 0.9)[0] == 0
-    code, _, err = sidt_command("evaluate", tmp_path / "r")
-    assert code == 2 and "of another plan" in err  # what was fine-tuned is another point of the curve
-    for step in ("finetune", "evaluate", "report"):
-        assert sidt_command(step, tmp_path / "r")[0] == 0
-    rows = read("evaluation.json")
-    assert 0.98 * 0.9 <= rows["sliced"]["params"] / rows["dense"]["params"] <= 0.9
-    assert ", sliced at params=0.9 of the curve" in (tmp_path / "r" / "report.md").read_text().splitlines()[0]
-    for share in ("0", "1.5", "nan"):
-        code, _, err = sidt_command("slice", tmp_path / "r", "--at", share)
-        assert code == 2 and "not on the curve" in err and err.count("\n") == 1
-    (tmp_path / "r" / "search" / "search.json").write_text(json.dumps(read("search/search.json") | {"front": [{}]}))
-    code, _, err = sidt_command("slice", tmp_path / "r", "--at", 0.9)
-    assert code == 2 and "search again" in err and err.count("\n") == 1
-
-
-def test_a_run_in_steps(config, tmp_path, sidt_command, mistake):
-    run = tmp_path / "r"
-    code, out, err = sidt_command("run", config, "--out", run, "--set", "steps=2", "--set", "budget.params=0.4")
-    assert code == 0, err
-    assert "in 2 steps" in out
-    base = sidt.load(run / "base")
-    sizes, plan = base.sidt_plan.sizes, json.loads((run / "search" / "plan.json").read_text())
-    assert sizes["embed"] < plan["dense"]["embed"] == 24
-    assert plan == json.loads((run / "plan.json").read_text()) == json.loads((run / "sliced" / "plan.json").read_text())
-    rows = json.loads((run / "evaluation.json").read_text())
-    assert 0.98 * 0.4 <= rows["sliced"]["params"] / rows["dense"]["params"] <= 0.4
-    whole = sum(p.numel() for p in sidt.load(run / "dense").parameters())
-    assert 0.98 * 0.4**0.5 <= sum(p.numel() for p in base.parameters()) / whole <= 0.4**0.5
-    before = (run / "sliced" / "model.safetensors").read_bytes()
-    assert sidt_command("search", run)[0] == sidt_command("slice", run)[0] == 0
-    assert (run / "sliced" / "model.safetensors").read_bytes() == before
-    mistake(
-        "search",
-        run,
-        "--budget.params",
-        0.6,
-        says=["params=0.4 in 2 steps", "params=0.6", "sidt score", "--set budget.params=0.6"],
-    )
-    mistake("search", run, "--set", "steps=3", says=["in 2 steps", "in 3", "sidt score"])
-    mistake("search", run, "--set", "steps=1", "--pareto", says=["in 2 steps", "sidt score"])
-    assert sidt_command("score", run, "--set", "steps=1")[0] == 0
-    assert sidt.load(run / "base").state_dict()["head.weight"].shape == (10, 24)
-    assert sidt_command("search", run, "--budget.params", 0.6)[0] == 0
-
-
-@pytest.mark.parametrize("value", [0, 1000, "many"])
-def test_mistakes_of_steps(mistake, config, tmp_path, value):
-    mistake("score", config, "--out", tmp_path / "r", "--set", f"steps={value}", says=["steps", value])
-    mistake(
-        "score", config, "--out", tmp_path / "r", "--set", "steps=2", "--set", "search.pareto=true", says=["pareto"]
-    )
-
-
-def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
-    code, _, err = sidt_command("slice", finished, "--at", 0.5)
-    assert code == 2 and "--pareto" in err and err.count("\n") == 1
 
 
 def test_complexity_of_a_model(sidt_command):
@@ -375,7 +224,7 @@ def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
     assert max(s.n_trials for s in summaries) == 6  # five finished, one stopped
 
 
-def test_a_run_measures_and_reads_once(sidt_command, tmp_path, monkeypatch):
+def test_a_run_measures_and_reads_once(sidt_command, tiny, tmp_path, monkeypatch):
     from sidt.runs import base, images
 
     calls = []
@@ -386,7 +235,7 @@ def test_a_run_measures_and_reads_once(sidt_command, tmp_path, monkeypatch):
 
     counted(base, "measure_moments")
     counted(images, "load_data")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {**TINY["data"], "seed": 7}}))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny | {"data": {**tiny["data"], "seed": 7}}))
     code, _, err = sidt_command("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run")
     assert code == 0, err
     assert sorted(calls) == ["load_data", "measure_moments"]

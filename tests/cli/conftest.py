@@ -1,0 +1,87 @@
+"""A tiny config, a run folder made of it, and the command line called in this process."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from sidt.cli import commands as cli
+
+TINY = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "args": {
+            "img_size": 16,
+            "patch_size": 4,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 10,
+        },
+    },
+    "data": {"name": "digits", "image_size": 16},
+    "train": {"epochs": 1},
+    "score": {"images": 64},
+    "budget": {"params": 0.6},
+    "search": {"trials": 3, "images": 64},
+    "finetune": {"epochs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The values of a config that takes seconds."""
+    return TINY
+
+
+@pytest.fixture
+def sidt_command(monkeypatch, capsys):
+    """``sidt_command("spaces") -> exit code, stdout, stderr``."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sidt", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+@pytest.fixture
+def mistake(sidt_command):
+    """``mistake("search", "x", says=["x"])``: exit code 2, one line on stderr that says the words."""
+
+    def check(*arguments, says=()):
+        code, _, err = sidt_command(*arguments)
+        lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("sidt: ")]
+        assert code == 2 and len(lines) == 1 and err.rstrip().endswith(lines[0]), err
+        assert all(str(word) in lines[0] for word in says), lines[0]
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run folder made step by step, each by its own command in its own process."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for step in ("train", "score", "search", "slice", "finetune", "evaluate", "report"):
+        source = [config, "--out", folder] if step == "train" else [folder]
+        done = subprocess.run(
+            [sys.executable, "-m", "sidt", step, *source], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert done.stdout.count("held-out images, about") == (step == "search")  # what it will cost, once
+    return folder
