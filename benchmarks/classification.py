@@ -41,10 +41,11 @@ from sidt.importance.placements import Placement
 from sidt.importance.scores import Importance
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
-from sidt.training.data import DataConfig, load_data
+from sidt.training.data import load_data
 from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import correct
 from sidt.training.loop import TrainConfig, fit
+from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})

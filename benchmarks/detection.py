@@ -44,7 +44,8 @@ from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, measure_moments
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import DataConfig, load_data
+from sidt.training.data import load_data
+from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"

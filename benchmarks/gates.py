@@ -33,8 +33,9 @@ from sidt.runs.report import table
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import DataConfig, load_data
+from sidt.training.data import load_data
 from sidt.training.evaluation import correct
+from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 ROUNDS, GOAL, LAMBDA = 9, 1.05, 1e-3

@@ -30,8 +30,9 @@ from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments
 from sidt.training.batches import make_loader
-from sidt.training.data import DataConfig, load_data
+from sidt.training.data import load_data
 from sidt.training.evaluation import correct, log_likelihood
+from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 VIT = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100}

@@ -19,7 +19,13 @@ GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}
 ONLY = {
     "optuna": {"sidt.allocation.study"},
-    "timm": {"sidt.surgery.attention", "sidt.training.data", "sidt.training.loop", "sidt.export.models"},
+    "timm": {
+        "sidt.surgery.attention",
+        "sidt.training.data",
+        "sidt.training.preparation",
+        "sidt.training.loop",
+        "sidt.export.models",
+    },
     "mmdet": {"sidt.detection"},
     "mmcv": {"sidt.detection"},
     "mmengine": {"sidt.detection"},

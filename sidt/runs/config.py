@@ -13,9 +13,9 @@ from sidt.cost.budget import Budget
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
 from sidt.space.families import Kind
-from sidt.training.data import DataConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
+from sidt.training.preparation import DataConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 

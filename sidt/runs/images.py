@@ -7,7 +7,8 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from sidt.runs.folder import Run
-from sidt.training.data import DataConfig, Splits, load_data
+from sidt.training.data import Splits, load_data
+from sidt.training.preparation import DataConfig
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,4 @@
 from .batches import make_loader as make_loader
-from .data import DataConfig as DataConfig
 from .data import Splits as Splits
 from .data import load_data as load_data
 from .devices import resolve_device as resolve_device
@@ -11,3 +10,5 @@ from .evaluation import top1 as top1
 from .loop import TrainConfig as TrainConfig
 from .loop import finetune as finetune
 from .loop import fit as fit
+from .preparation import DataConfig as DataConfig
+from .preparation import prepared_for as prepared_for
