@@ -9,6 +9,7 @@ from . import training as training
 from .allocation import allocate as allocate
 from .allocation import measure_layers as measure_layers
 from .allocation import search as search
+from .allocation import shrink as shrink
 from .cost import Budget as Budget
 from .cost import measure as measure
 from .export import load as load

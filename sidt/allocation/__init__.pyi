@@ -5,6 +5,8 @@ from .greedy import Rules as Rules
 from .greedy import allocate as allocate
 from .greedy import uniform as uniform
 from .knobs import plan_at as plan_at
+from .onecall import ShrinkResult as ShrinkResult
+from .onecall import shrink as shrink
 from .paying import compare_layers as compare_layers
 from .steps import before_last as before_last
 from .steps import steps_for as steps_for

@@ -11,3 +11,4 @@ from .placements import Placement as Placement
 from .scores import Importance as Importance
 from .scores import load_importance as load_importance
 from .scores import unit_sums as unit_sums
+from .unlabelled import own_outputs as own_outputs

@@ -5,7 +5,6 @@ the unit lives (or squares that sum). So all criteria share one reduction, for a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from sidt.surgery.moments import argument, rows_of
 from sidt.surgery.rotation import rotatable
 from sidt.surgery.slicing import explicit
 from sidt.training.batches import rechunk
-from sidt.training.evaluation import heads_of
+from sidt.training.evaluation import evaluating, heads_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -185,18 +184,6 @@ def _spread(energy: Tensor, ndim: int) -> Tensor:
     return energy.view(*energy.shape, *[1] * (ndim - energy.ndim))
 
 
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a block; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _weights(model: nn.Module, space: DimensionSpace) -> dict[str, nn.Parameter]:
     """The parameters that a dimension lives in."""
     own = dict(model.named_parameters())
@@ -229,7 +216,7 @@ def _average(
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        with _eval(model):
+        with evaluating(model):
             for count, batch in _groups(batches, group):
                 value = loss(model, batch)
                 if not torch.isfinite(value):

@@ -1,6 +1,7 @@
-"""Models without a head: their features go out, and a rotated width needs a layer that brings them back."""
+"""Heads of timm's models: a missing one, which a rotated width needs, and one of some of the classes."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,3 +46,30 @@ def with_head(model: Model, space: DimensionSpace) -> tuple[Model, DimensionSpac
         isinstance(stream, Stream) > isinstance(space.streams[w], Stream) for w, stream in larger.streams.items()
     )
     return (headed, larger) if gained else (model, space)
+
+
+def with_classes(model: Model, rows: Sequence[int]) -> Model:
+    """A timm classifier of some of its classes: its head, or heads, keep these rows. The given model is not changed.
+
+    Args:
+        model: a classifier from ``timm.create_model``.
+        rows: which classes stay, in the order of the new ones.
+
+    Raises:
+        InputError: the model has no such classes, or is none of timm's.
+    """
+    given: Any = model
+    count = getattr(model, "num_classes", None)
+    if not count or not hasattr(model, "reset_classifier"):
+        raise InputError(f"this {type(model).__name__} has no classes to choose from; give one of timm's classifiers")
+    if not rows or min(rows) < 0 or max(rows) >= count:
+        raise InputError(f"the model has {count} classes, 0 to {count - 1}, and {list(rows)} are asked for")
+    chosen = copy.deepcopy(given)
+    chosen.reset_classifier(len(rows))
+    own, index = dict(given.named_parameters()), torch.tensor(list(rows))
+    with torch.no_grad():
+        for name, parameter in chosen.named_parameters():
+            before = own[name]
+            parameter.copy_(before if before.shape == parameter.shape else before[index.to(before.device)])
+    chosen.train(given.training)
+    return chosen

@@ -1,6 +1,7 @@
 """Top-1 accuracy, and the checks that come before a model meets data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,22 @@ def check_data(model: nn.Module, data: Dataset[Any]) -> int:
     if not count:
         raise InputError("the data set is empty (0 samples); give one with images")
     classes = getattr(data, "classes", None)
-    if classes is not None:
+    if classes:  # none: there are no labels
         check_classes(model, len(classes))
     return count
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a block; every module's own mode comes back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 Judge = Callable[[Tensor, Tensor], Tensor]  # logits, targets -> one value for every sample
@@ -77,22 +91,32 @@ def judged(
     """
     check_data(model, data)
     place = resolve_device(device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(place).eval()
-    try:
+    with evaluating(model.to(place)):
         values = [
             judge(torch.stack(heads_of(model(images.to(place)))).mean(0).float().cpu(), targets)
             for images, targets in make_loader(data, batch_size, workers=workers)
         ]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return torch.cat(values).numpy()
 
 
 def top1(model: nn.Module, data: Dataset[Any], **options: Any) -> float:
     """Top-1 accuracy, a fraction. The options are those of ``correct``."""
     return float(correct(model, data, **options).mean())
+
+
+def distances(outputs: Tensor, wanted: Tensor, *, features: bool) -> Tensor:
+    """How far the outputs for each sample are from the wanted ones: float, one for every sample.
+
+    Args:
+        outputs: samples x anything.
+        wanted: of the same shape.
+        features: the squared error relative to the wanted length; else KL(wanted || outputs) of logits.
+    """
+    if features:
+        mine, theirs = outputs.float().flatten(1), wanted.float().flatten(1)
+        return (mine - theirs).square().sum(1) / theirs.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    mine, theirs = (x.float().log_softmax(-1) for x in (outputs, wanted))
+    return F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def heads_of(output: Any) -> list[Tensor]:
