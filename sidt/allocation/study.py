@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from sidt.allocation.curve import Point, along, nearest, place_on_curve, reachable
 from sidt.allocation.greedy import Rules, allocate
 from sidt.allocation.knobs import WIDTH, knobs_of, plan_at
+from sidt.allocation.storage import one_by_one, shared
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -51,7 +51,6 @@ _PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless tria
 _FIRST_PARTS = 2  # no trial is stopped before
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _GIVES = "it must give one number, or a number for every held-out sample, at once or in parts"
-_PATIENCE = 60  # seconds that a process waits for another that writes to the same SQLite file
 
 
 @dataclass(frozen=True)
@@ -219,13 +218,9 @@ def search(
         splits = along(start, shares, narrower=WIDTH in ranges)
     first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
-        study = _open(storage, name, pareto)
+        study = _open(storage, name, pareto, first)
         finished = study.get_trials(states=_FINISHED)
         study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
-        waiting = [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
-        for known in first:
-            if known not in [*(t.params for t in finished), *waiting]:
-                study.enqueue_trial(known)
         left = trials - len(finished)
         if left > 0:
             # The callback counts the trials of all processes that share the storage.
@@ -239,14 +234,17 @@ def search(
                 raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
     finished = study.get_trials(states=(TrialState.COMPLETE,))
     plain_trial = next((t for t in finished if t.params == start), None)
-    if not finished or (plain_trial is None and not pareto):
+    if not finished:
         raise InputError(f"no trial finished within timeout={timeout} s; give the search more time")
-    # A curve may be of another budget's search, whose plain ranking was judged at that budget.
+    # A curve may be of another budget's search, whose plain ranking was judged at that budget. And where several trials
+    # run at a time, the plain ranking's may have been stopped by another's scores, or run on in another process.
     plain_value = plain_trial.values[0] if plain_trial else float(_whole(objective(make(plain_plan))).mean())
     front = _front(study.best_trials) if pareto else ()
     # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
     best = max(finished, key=lambda t: (t.values[0], -t.number))
     value, knobs = best.values[0], best.params
+    if plain_value > value and not pareto:
+        value, knobs = plain_value, start
     if pareto:
         point = nearest(front, limit)
         value, knobs = point.value, dict(point.knobs)
@@ -268,9 +266,11 @@ def _parts(scores: Any) -> Iterator[Values]:
     part = None
     for part in [scores] if whole else scores:
         try:
+            if part is None:  # NumPy would take it for NaN
+                raise TypeError
             values = np.atleast_1d(np.asarray(part.tolist() if isinstance(part, Tensor) else part, dtype=np.float64))
         except (TypeError, ValueError):
-            raise InputError(f"the objective gave {part!r:.80}; {_GIVES}") from None
+            raise InputError(f"the objective gave {' '.join(repr(part).split())[:80]}; {_GIVES}") from None
         if not values.size or not np.isfinite(values).all():
             seen = f"{np.count_nonzero(~np.isfinite(values))} of {values.size} scores that are not finite"
             raise InputError(f"the objective gave {seen if values.size else 'an empty array'}; {_GIVES}")
@@ -336,31 +336,27 @@ def _name(model: nn.Module, importance: Importance, budget: Budget, rules: Rules
     return f"sidt-{digest.hexdigest()[:12]}"
 
 
-def _open(storage: str | None, name: str, pareto: bool) -> optuna.Study:
+def _open(storage: str | None, name: str, pareto: bool, first: list[dict[str, float]]) -> optuna.Study:
+    """The study of this name, with the trials that come first in it or waiting in it."""
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: 2 if pareto else 1]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
-        return optuna.create_study(
-            storage=_shared(storage), study_name=name, directions=directions, pruner=pruner, load_if_exists=True
-        )
+        with one_by_one(storage):
+            study = optuna.create_study(
+                storage=shared(storage), study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+            )
+            there: list[Any] = [t.params for t in study.get_trials(states=_FINISHED)]
+            there += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
+            for known in first:
+                if known not in there:
+                    study.enqueue_trial(known)
+                    there.append(known)
+            return study
     except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot open the study storage {storage!r}: {reason}; give an Optuna storage URL") from None
-
-
-def _shared(storage: str | None) -> optuna.storages.RDBStorage | str | None:
-    """A storage that several threads and processes can use at a time.
-
-    Optuna locks the row of a waiting trial to give it to one of them, which SQLite does not do: two get the same
-    trial, and the second fails as it tells its score. So whole transactions wait for each other there.
-    """
-    if storage is None or not storage.startswith("sqlite") or ":memory:" in storage:
-        return storage
-    shared = optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": _PATIENCE}})
-    sqlalchemy.event.listen(shared.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return shared
 
 
 @contextmanager
