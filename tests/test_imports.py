@@ -18,7 +18,7 @@ DETECTION = ("operators", "data", "detectors", "training", "runs")
 GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}
 ONLY = {
-    "optuna": {"sidt.allocation.study"},
+    "optuna": {"sidt.allocation.storage", "sidt.allocation.study"},
     "timm": {
         "sidt.surgery.attention",
         "sidt.training.data",

@@ -4,7 +4,7 @@ The first trial has all factors at 1, which is the plain ranking, and every tria
 :func:`sidt.allocate`. In Pareto mode the budget is searched as well (:mod:`sidt.allocation.curve`).
 
 An objective that gives its scores in parts costs less: after every part, Optuna's WilcoxonPruner stops a trial whose
-parts are worse than the best trial's beyond noise.
+parts are worse than the best trial's beyond noise. One that gives a single number stops none.
 
 (A module named ``search`` would hide the function ``sidt.search``.)
 """
@@ -23,11 +23,12 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from torch import nn
+from torch import Tensor, nn
 
 from sidt.allocation.curve import Point, along, nearest, place_on_curve, reachable
 from sidt.allocation.greedy import Rules, allocate
 from sidt.allocation.knobs import WIDTH, knobs_of, plan_at
+from sidt.allocation.storage import one_by_one, shared
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -35,9 +36,11 @@ from sidt.errors import InputError
 from sidt.importance.scores import Importance
 from sidt.space.plan import DimensionPlan
 from sidt.surgery.slicing import slice_model
+from sidt.training.digest import weights_digest
 
 Values = npt.NDArray[np.float64]
-Objective = Callable[[nn.Module], npt.NDArray[Any] | Iterable[npt.NDArray[Any]]]
+Scores = npt.ArrayLike | Tensor | Iterable[npt.ArrayLike | Tensor]
+Objective = Callable[[nn.Module], Scores]
 Sampler = Literal["tpe", "cmaes", "gp", "random"]
 Multipliers = Mapping[str, float]  # log2 of the factors, by knob
 
@@ -47,6 +50,7 @@ _STARTUP = 5  # random trials before the sampler learns; the plain ranking is a 
 _PRUNED_AT = 0.1  # p of the Wilcoxon test that stops a trial: one hopeless trial in ten goes on to its end
 _FIRST_PARTS = 2  # no trial is stopped before
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_GIVES = "it must give one number, or a number for every held-out sample, at once or in parts"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Gain:
             return f"no trial was better than the plain ranking (checked on {samples})"
         error = f"{plain.format(self.error)} (one standard error)"
         numbers = f"{signed.format(self.difference)} +- {error} on {samples}"
+        if np.isnan(self.error):
+            return f"the search gained {signed.format(self.difference)} over the plain ranking; one score says no error"
         if self.difference > 2 * self.error:
             return f"the search gained {numbers} over the plain ranking"
         if self.difference < -2 * self.error:
@@ -145,7 +151,7 @@ def search(
         importance: its scores.
         budget: what every trial must meet.
         objective: gives a sliced model a score for every held-out sample, at once or in parts of equal size (the
-            same for every model); the mean is maximised.
+            same for every model), or one number; the mean is maximised.
         fresh: the same on other samples, to judge what was found.
         trials: finished trials in all, those that were stopped early and those of earlier calls included.
         timeout: seconds after which no new trial starts.
@@ -163,8 +169,8 @@ def search(
         progress: whether to show Optuna's progress bar.
 
     Raises:
-        InputError: the budget cannot be met, the scores are of another model, or the storage cannot be opened; or in
-            Pareto mode, the budget has several bounds.
+        InputError: the budget cannot be met, the scores are of another model, the objective gives no finite numbers,
+            or the storage cannot be opened; or in Pareto mode, the budget has several bounds.
         KeyboardInterrupt: the search was stopped; finished trials are kept.
     """
     if trials < 1:
@@ -176,7 +182,8 @@ def search(
     ranges = knobs_of(space, rules)
     plain_plan = allocate(importance, budget, **asdict(rules), latencies=latencies)
     kind, limit = place_on_curve(budget, costs, latencies) if pareto else ("", 1.0)
-    name = _name(importance, budget, rules, kind, label if latencies is None else f"{label} {latencies.digest()}")
+    label = label if latencies is None else f"{label} {latencies.digest()}"
+    name = _name(model, importance, budget, rules, kind, label)
 
     def plan_of(params: Mapping[str, float]) -> DimensionPlan:
         limits = Budget(**{kind: params["share"]}) if pareto else budget
@@ -195,7 +202,7 @@ def search(
         trial.set_user_attr("macs", used_macs)
         parts = []
         for step, part in enumerate(_parts(objective(make(plan)))):
-            parts.append(np.asarray(part, dtype=np.float64))
+            parts.append(part)
             if not pareto:  # Optuna stops no trial that has two objectives
                 trial.report(float(parts[-1].mean()), step)
                 if step + 1 >= _FIRST_PARTS and trial.should_prune():
@@ -211,13 +218,9 @@ def search(
         splits = along(start, shares, narrower=WIDTH in ranges)
     first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
-        study = _open(storage, name, pareto)
+        study = _open(storage, name, pareto, first)
         finished = study.get_trials(states=_FINISHED)
         study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
-        waiting = [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
-        for known in first:
-            if known not in [*(t.params for t in finished), *waiting]:
-                study.enqueue_trial(known)
         left = trials - len(finished)
         if left > 0:
             # The callback counts the trials of all processes that share the storage.
@@ -231,29 +234,53 @@ def search(
                 raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
     finished = study.get_trials(states=(TrialState.COMPLETE,))
     plain_trial = next((t for t in finished if t.params == start), None)
-    if not finished or (plain_trial is None and not pareto):
+    if not finished:
         raise InputError(f"no trial finished within timeout={timeout} s; give the search more time")
-    # A curve may be of another budget's search, whose plain ranking was judged at that budget.
+    # A curve may be of another budget's search, whose plain ranking was judged at that budget. And where several trials
+    # run at a time, the plain ranking's may have been stopped by another's scores, or run on in another process.
     plain_value = plain_trial.values[0] if plain_trial else float(_whole(objective(make(plain_plan))).mean())
     front = _front(study.best_trials) if pareto else ()
     # Ties go to the earliest trial, so that the plain ranking stands unless something is better.
     best = max(finished, key=lambda t: (t.values[0], -t.number))
     value, knobs = best.values[0], best.params
+    if plain_value > value and not pareto:
+        value, knobs = plain_value, start
     if pareto:
         point = nearest(front, limit)
         value, knobs = point.value, dict(point.knobs)
     plan = plan_at(importance, budget, knobs, rules=rules, latencies=latencies)
-    gain = _gain(make(plain_plan), make(plan), fresh) if fresh is not None else None
+    gain = gain_on(fresh, make(plain_plan), make(plan)) if fresh is not None else None
     pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
     return SearchResult(plan, plain_plan, value, plain_value, gain, knobs, pruned, front, study)
 
 
-def _parts(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Iterable[npt.NDArray[Any]]:
-    return [scores] if isinstance(scores, np.ndarray) else scores
+def _parts(scores: Any) -> Iterator[Values]:
+    """What an objective gave, part by part.
+
+    Raises:
+        InputError: it gave something else than finite numbers, or none.
+    """
+    if isinstance(scores, list | tuple) and all(np.isscalar(score) for score in scores):
+        scores = np.asarray(scores)  # a list of numbers is a whole, a list of arrays its parts
+    whole = isinstance(scores, Tensor | np.ndarray | str) or not isinstance(scores, Iterable)
+    part = None
+    for part in [scores] if whole else scores:
+        try:
+            if part is None:  # NumPy would take it for NaN
+                raise TypeError
+            values = np.atleast_1d(np.asarray(part.tolist() if isinstance(part, Tensor) else part, dtype=np.float64))
+        except (TypeError, ValueError):
+            raise InputError(f"the objective gave {' '.join(repr(part).split())[:80]}; {_GIVES}") from None
+        if not values.size or not np.isfinite(values).all():
+            seen = f"{np.count_nonzero(~np.isfinite(values))} of {values.size} scores that are not finite"
+            raise InputError(f"the objective gave {seen if values.size else 'an empty array'}; {_GIVES}")
+        yield values.ravel()
+    if part is None:
+        raise InputError(f"the objective gave no score; {_GIVES}")
 
 
-def _whole(scores: npt.NDArray[Any] | Iterable[npt.NDArray[Any]]) -> Values:
-    return np.concatenate([np.asarray(part, dtype=np.float64) for part in _parts(scores)])
+def _whole(scores: Any) -> Values:
+    return np.concatenate(list(_parts(scores)))
 
 
 def _warm(
@@ -292,33 +319,41 @@ def _front(trials: list[FrozenTrial]) -> tuple[Point, ...]:
     return tuple(reversed(points))
 
 
-def _gain(plain: nn.Module, found: nn.Module, fresh: Objective) -> Gain:
+def gain_on(fresh: Objective, plain: nn.Module, found: nn.Module) -> Gain:
+    """What the search's model gained over the plain ranking's on fresh samples, which neither has seen."""
     ours, theirs = _whole(fresh(found)), _whole(fresh(plain))
     error = (ours - theirs).std(ddof=1) / np.sqrt(len(ours)) if len(ours) > 1 else float("nan")
     return Gain(float(theirs.mean()), float(ours.mean()), float(error), len(ours))
 
 
-def _name(importance: Importance, budget: Budget, rules: Rules, pareto: str, label: str) -> str:
+def _name(model: nn.Module, importance: Importance, budget: Budget, rules: Rules, pareto: str, label: str) -> str:
     """A study's name tells its searches apart, so that one storage can hold many and each resumes its own."""
-    bounds = {k: v for k, v in asdict(budget).items() if v is not None or k != "latency"}  # names from before it stay
-    if pareto:  # the curve is the same for all budgets
-        bounds = {}
-    made_of = [importance.space.sizes, bounds, asdict(rules), pareto or False, label]
+    bounds = {} if pareto else asdict(budget)  # the curve is the same for all budgets
+    made_of = [weights_digest(model), importance.space.sizes, bounds, asdict(rules), pareto, label]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     for scores in importance.scores.values():
         digest.update(np.ascontiguousarray(scores).tobytes())
     return f"sidt-{digest.hexdigest()[:12]}"
 
 
-def _open(storage: str | None, name: str, pareto: bool) -> optuna.Study:
+def _open(storage: str | None, name: str, pareto: bool, first: list[dict[str, float]]) -> optuna.Study:
+    """The study of this name, with the trials that come first in it or waiting in it."""
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: 2 if pareto else 1]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
-        return optuna.create_study(
-            storage=storage, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
-        )
+        with one_by_one(storage):
+            study = optuna.create_study(
+                storage=shared(storage), study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+            )
+            there: list[Any] = [t.params for t in study.get_trials(states=_FINISHED)]
+            there += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
+            for known in first:
+                if known not in there:
+                    study.enqueue_trial(known)
+                    there.append(known)
+            return study
     except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot open the study storage {storage!r}: {reason}; give an Optuna storage URL") from None

@@ -29,7 +29,7 @@ from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, load_moments, measure_moments
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.loop import weights_digest
+from sidt.training.digest import weights_digest
 
 LATENCY, MOMENTS, STEPS = "latency", "base/moments.safetensors", "base/steps.json"
 

@@ -7,14 +7,27 @@ from torch import nn
 
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
-from sidt.files import read_json, write_text
+from sidt.files import write_text
 from sidt.runs.config import RunConfig, dump_config, read_config
+from sidt.runs.provenance import Chain, Step
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import DimensionSpace
 from sidt.training.devices import resolve_device
 
 # What the search leaves has names of its own: the plan.json of the run folder belongs to the weights beside it.
-PLAN, SEARCH = "search/plan.json", "search/search.json"
+PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+CHAIN = Chain(
+    "sidt",
+    {
+        "train": Step("dense model", "dense", ("dense/model.safetensors",)),
+        "score": Step("scored model", "base", ("base/model.safetensors", "scores.safetensors"), ("train",)),
+        "search": Step("plan", PLAN, (PLAN,), ("score",)),
+        "slice": Step("sliced model", "sliced", ("sliced/plan.json", "sliced/model.safetensors"), ("score", "search")),
+        "finetune": Step("fine-tuned model", "model.safetensors", ("plan.json", "model.safetensors"), ("slice",)),
+        "evaluate": Step("evaluation", EVALUATION, (EVALUATION,), ("train", "slice", "finetune")),
+        "report": Step("report", "report.md", (), ("search", "evaluate")),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -89,17 +102,3 @@ def base_model(run: Run) -> nn.Module:
 def searched_plan(run: Run, space: DimensionSpace) -> DimensionPlan:
     """The plan that the search found."""
     return load_plan(existing(run, PLAN, "search"), space)
-
-
-def check_one_plan(run: Run) -> None:
-    """After another search, what was sliced and fine-tuned before is not its result.
-
-    Raises:
-        InputError: the models and the plan of the run are of two searches.
-    """
-    for name, step in (("sliced/plan.json", "slice"), ("plan.json", "finetune")):
-        path = run.folder / name
-        if path.exists() and (run.folder / PLAN).exists() and read_json(path) != read_json(run.folder / PLAN):
-            raise InputError(
-                f"{path} is of another plan than {run.folder / PLAN}; run `sidt {step} {run.folder}` again"
-            )

@@ -9,7 +9,8 @@
 
 base/ is the dense model in the basis that scores and plans are of (see :func:`sidt.align`); what it computes is the
 same. With ``steps`` it is a slice of that, which the last step starts from; plans on disk are of the dense model. What
-its layers read is measured once, by score, for the repair of every slice.
+its layers read is measured once, by score, for the repair of every slice. No step takes what was made of an input that
+is no longer there (:mod:`sidt.runs.provenance`).
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset, Subset
 from sidt.allocation.curve import Point, nearest
 from sidt.allocation.knobs import plan_at
 from sidt.allocation.steps import Slicer, before_last
-from sidt.allocation.study import Gain
+from sidt.allocation.study import Gain, gain_on
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
@@ -39,6 +40,7 @@ from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
 from sidt.importance.scores import Importance, load_importance
+from sidt.runs import provenance
 from sidt.runs import report as reporting
 from sidt.runs.base import (
     MOMENTS,
@@ -54,7 +56,7 @@ from sidt.runs.base import (
     slicer_of,
     steps_of,
 )
-from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
+from sidt.runs.folder import CHAIN, EVALUATION, PLAN, SEARCH, Run, base_model, dense_model, existing, searched_plan
 from sidt.runs.images import data_of, held_out_images, sample
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
@@ -62,9 +64,10 @@ from sidt.surgery.compensation import refit_width
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
 from sidt.training.data import Splits
+from sidt.training.digest import weights_digest
 from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
-from sidt.training.loop import Loss, TrainConfig, fit, weights_digest
+from sidt.training.loop import Loss, TrainConfig, fit
 
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
@@ -97,6 +100,7 @@ def train(run: Run) -> str:
 def score(run: Run, say: Callable[[str], None] = print) -> str:
     """Align the dense model, if it is to be repaired, and score every unit of it; with steps, slice it on the way."""
     begin, budget, steps = time.perf_counter(), run.config.budget.value(), steps_of(run.config)
+    made_of = provenance.inputs(run.folder, CHAIN, "score")
 
     def prepare(model: nn.Module) -> tuple[nn.Module, Importance, Slicer]:
         base, scores, moments = scored(run, model)
@@ -117,6 +121,7 @@ def score(run: Run, say: Callable[[str], None] = print) -> str:
     save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
     if steps == 1:
         (run.folder / STEPS).unlink(missing_ok=True)
+    provenance.record(run.folder, CHAIN, "score", made_of)
     after = f" in {steps} steps" if steps > 1 else ""
     return (
         f"scores by {run.config.score.method}{after} in {time.perf_counter() - begin:.0f} s -> "
@@ -126,6 +131,7 @@ def score(run: Run, say: Callable[[str], None] = print) -> str:
 
 def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
+    made_of = provenance.inputs(run.folder, CHAIN, "search")
     model, config = base_model(run), run.config.search
     space = space_for(model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
@@ -136,6 +142,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
         return lambda small: (judge(small, part, device=run.device) for part in parts)
 
+    fresh = objective(data_of(run.config.data).fresh)
     slicer, begin = slicer_of(model, moments_of(run, model)), time.perf_counter()
     dense = float(np.concatenate(list(objective(held_out)(dense_model(run)))).mean())
     once = time.perf_counter() - begin
@@ -150,7 +157,6 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         scores,
         budget,
         objective(held_out),
-        fresh=objective(data_of(run.config.data).fresh),
         trials=config.trials,
         timeout=config.timeout,
         seed=run.config.seed,
@@ -167,39 +173,32 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     finished = [t for t in result.study.get_trials() if t.values is not None]
     whole = on_dense(model, result.plan)
     whole.save(run.folder / PLAN)
-    gain = result.gain
-    write_json(
-        run.folder / SEARCH,
-        {
-            "budget": str(run.config.budget.value()),
-            "bounds": budget.bounded[0],
-            "dense": dense,
-            "plain": result.plain_value,
-            "best": result.value,
-            "values": [t.values[0] for t in finished],
-            "pruned": result.pruned,
-            "objective": config.objective,
-            "multipliers": dict(result.multipliers),
-            "gain": gain
-            and {
-                "plain": gain.plain,
-                "found": gain.found,
-                "error": gain.error,
-                "samples": gain.samples,
-                "says": _says(gain, config.objective),
-            },
-            "front": [asdict(point) for point in result.front],
-            "along": [(t.values[1], t.values[0], _is_plain(t.params)) for t in finished] if config.pareto else [],
-        },
-    )
+    found = {
+        "budget": str(run.config.budget.value()),
+        "bounds": budget.bounded[0],
+        "dense": dense,
+        "plain": result.plain_value,
+        "best": result.value,
+        "values": [t.values[0] for t in finished],
+        "pruned": result.pruned,
+        "objective": config.objective,
+        "multipliers": dict(result.multipliers),
+        "gain": None,
+        "front": [asdict(point) for point in result.front],
+        "along": [(t.values[1], t.values[0], _is_plain(t.params)) for t in finished] if config.pareto else [],
+    }
+    write_json(run.folder / SEARCH, found)
+    provenance.record(run.folder, CHAIN, "search", made_of)  # whatever happens now, the plan is there
+    gain = gain_on(fresh, slicer(result.plain), slicer(result.plan))
+    verdict = _says(gain, config.objective)
+    write_json(run.folder / SEARCH, found | {"gain": asdict(gain) | {"says": verdict}})
     small, full = report(whole.space, whole.sizes), report(whole.space)
     kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
     if latencies is not None:
         of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
         kept += f", {latencies.milliseconds(result.plan.sizes):.2f}{of} ms by the layer table"
     ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
-    verdict = f"; {_says(gain, config.objective)}" if gain else ""
-    return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
+    return f"plan with {kept} after {ended}; {verdict} -> {run.folder / PLAN}"
 
 
 def _is_plain(params: dict[str, float]) -> bool:
@@ -216,9 +215,11 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
             than that of the budget; it becomes the run's plan.
         say: told what is measured for it, where the curve is of milliseconds.
     """
+    made_of = provenance.inputs(run.folder, CHAIN, "slice")
     model = base_model(run)
     if at is not None:
         _take_point(run, model, at, say)
+        made_of = provenance.inputs(run.folder, CHAIN, "slice")
     plan = on_base(run, model)
     small = slicer_of(model, moments_of(run, model))(plan)
     if run.config.repair:
@@ -226,6 +227,7 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
         small = refit_width(model, small, plan, make_loader(images, 64))
     small = small.cpu()
     save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
+    provenance.record(run.folder, CHAIN, "slice", made_of)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense_model(run), small))
     return (
         f"sliced {before:,} to {after:,} parameters{_repair_says(run, model, plan, small)} -> {run.folder / 'sliced'}"
@@ -247,11 +249,6 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     front = _curve(run, found)
     if not front:
         raise InputError(f"{run.folder} has no curve to take {at} from; run `sidt search {run.folder} --pareto` first")
-    if (run.folder / STEPS).is_file():
-        raise InputError(
-            f"{run.folder / 'base'} was sliced on the way since the curve was found; run `sidt score {run.folder} "
-            f"--set steps=1` and search again"
-        )
     least = min(point.share for point in front)
     if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
@@ -261,6 +258,7 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     latencies = latencies_for(latency_folder(run, model), model.to(run.device), scores, budget, rules, say)
     plan_at(scores, budget, nearest(front, at).knobs, rules=rules, latencies=latencies).save(run.folder / PLAN)
     write_json(run.folder / SEARCH, {**found, "at": at})
+    provenance.record(run.folder, CHAIN, "search", provenance.inputs(run.folder, CHAIN, "search"))
 
 
 def _curve(run: Run, found: dict[str, Any]) -> list[Point]:
@@ -273,6 +271,7 @@ def _curve(run: Run, found: dict[str, Any]) -> list[Point]:
 
 def finetune(run: Run) -> str:
     """Train the sliced model further; the result is the run folder's own checkpoint."""
+    made_of = provenance.inputs(run.folder, CHAIN, "finetune")
     model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
     data = data_of(config.data)
     if config.teacher is not None:
@@ -280,6 +279,7 @@ def finetune(run: Run) -> str:
         loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
     _fit(run, model, data, config.finetune, "finetune", loss)
     save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
+    provenance.record(run.folder, CHAIN, "finetune", made_of)
     accuracy = reporting.percent(top1(model, data.holdout, device=run.device))
     return f"fine-tuned: {accuracy} on held-out images -> {run.folder}"
 
@@ -290,7 +290,7 @@ def evaluate(run: Run) -> str:
     there = {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
-    check_one_plan(run)
+    made_of = provenance.inputs(run.folder, CHAIN, "evaluate")
     test, rows = data_of(run.config.data).test, {}
     for name, folder in there.items():
         model = load(folder).to(run.device)
@@ -305,7 +305,8 @@ def evaluate(run: Run) -> str:
             "latency_ms": time_forward(model, counted.input_size, seconds=0.5),
             "device": run.device,
         }
-    write_json(run.folder / "evaluation.json", rows)
+    write_json(run.folder / EVALUATION, rows)
+    provenance.record(run.folder, CHAIN, "evaluate", made_of)
     return reporting.results_table(rows)
 
 
@@ -314,8 +315,8 @@ def write_report(run: Run) -> str:
     model = dense_model(run)
     space = space_for(model)
     plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
-    rows = read_json(existing(run, "evaluation.json", "evaluate"))
-    check_one_plan(run)
+    rows = read_json(existing(run, EVALUATION, "evaluate"))
+    provenance.inputs(run.folder, CHAIN, "report")
     reporting.plot_kept(plan, run.folder / "kept.png")
     curve, judged_by = "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front := _curve(run, search_result):
@@ -339,7 +340,7 @@ def write_report(run: Run) -> str:
 
 Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
 
-Search: {len(search_result["values"])} trials; {gain["says"]}.
+Search: {len(search_result["values"])} trials; {gain["says"] if gain else "what it gained was not judged"}.
 
 ![units kept](kept.png)
 

@@ -16,8 +16,9 @@ from sidt.errors import InputError
 from sidt.space.axes import names
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
+from sidt.training.digest import weights_digest
 from sidt.training.evaluation import heads_of
-from sidt.training.loop import Loss, weights_digest
+from sidt.training.loop import Loss
 
 _EPS = 1e-6
 

@@ -30,6 +30,7 @@ from sidt.errors import InputError
 from sidt.files import read_json, replacing, write_json
 from sidt.training.batches import make_loader
 from sidt.training.devices import own_accelerator, resolve_device, seeded_on
+from sidt.training.digest import weights_digest
 from sidt.training.evaluation import check_data, heads_of, top1
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -367,14 +368,6 @@ def _diverged(what: str, epoch: int, step: int, lr: float) -> DivergedError:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def weights_digest(model: nn.Module) -> str:
-    """What tells the values of a model's tensors from others."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _identity(

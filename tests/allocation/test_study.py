@@ -1,8 +1,13 @@
 """The study: starts at the plain ranking, stays within the budget, resumes, and says honestly what it gained."""
 
+import copy
+import multiprocessing
+import sqlite3
+
 import numpy as np
 import optuna
 import pytest
+import torch
 from backbones import SWIN, VIT_TINY, dense
 from layer_tables import rotated_space
 
@@ -244,6 +249,100 @@ def test_several_trials_at_a_time():
     result = run(trials=6, jobs=2)
     assert len(result.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))) >= 6
     assert result.value >= result.plain_value
+
+
+def test_workers_never_get_the_same_trial(tmp_path):
+    """SQLite does not lock a waiting trial's row; two threads got the same one in one search of five."""
+    for round in range(4):
+        result = run(trials=8, jobs=3, storage=f"sqlite:///{tmp_path / str(round)}.db")
+        assert [t.state for t in result.study.trials] == [optuna.trial.TrialState.COMPLETE] * 8
+        assert len({tuple(t.params.values()) for t in result.study.trials}) == 8
+
+
+def _search(url, gate, results):
+    gate.wait()
+    results.put(run(trials=9, jobs=2, storage=url).value)
+
+
+def test_processes_share_a_new_sqlite_file(tmp_path):
+    context, url = multiprocessing.get_context("fork"), f"sqlite:///{tmp_path / 'study.db'}"
+    gate, results = context.Barrier(3), context.Queue()
+    workers = [context.Process(target=_search, args=(url, gate, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    values = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    result = run(lambda model: pytest.fail("nothing is left to do"), trials=9, storage=url)
+    assert 9 <= len(result.study.trials) <= 9 + 3 * 2 and result.value >= max(values)
+
+
+def test_the_plain_ranking_counts_where_its_trial_did_not_end(tmp_path):
+    """Of several workers, one may stop the plain ranking's trial, or be still at it."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    first = run(trials=3, storage=storage).study
+    plain = next(t for t in first.trials if set(t.params.values()) == {0.0})
+    first._storage._backend.engine.dispose()
+    with sqlite3.connect(tmp_path / "study.db") as file:
+        file.execute("UPDATE trials SET state = 'PRUNED' WHERE number = ?", (plain.number,))
+    result = run(lambda model: np.full(4, 0.5), trials=3, storage=storage)
+    assert result.plain_value == 0.5 and result.value >= 0.5
+
+
+def test_another_model_has_its_own_trials(tmp_path):
+    """Random scores are the same for every model of a size; the trials of one are not those of its retrained self."""
+    model, found = scores()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias.add_(1.0)
+    options = {"trials": 2, "storage": f"sqlite:///{tmp_path / 'study.db'}", "progress": False}
+
+    def bias(small):
+        return small.head.bias.detach()
+
+    values = [search(m, found, BUDGET, bias, **options).value for m in (model, other, model)]
+    assert values[1] == pytest.approx(values[0] + 1.0) and values[2] == values[0]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [float, np.float32, lambda x: [x, x], lambda x: torch.tensor([x, x]), lambda x: torch.tensor(x), lambda x: (x,),
+     lambda x: iter([x, x, x]), lambda x: np.array([[x], [x]]), lambda x: (torch.tensor([x]) for _ in range(3))],
+)  # fmt: skip
+def test_an_objective_may_give_its_scores_as_it_likes(form):
+    """One number a model, or a number a sample; the search is the same."""
+
+    def given(model):
+        return form(float(hidden(1)(model).mean()))
+
+    result, plain = run(given, fresh=given), run()
+    assert result.plan.to_json() == plain.plan.to_json() and result.value == pytest.approx(plain.value)
+    assert "error" not in str(result.gain) or "nan" not in str(result.gain)
+
+
+def test_one_number_says_no_error():
+    gain = run(fresh=lambda model: float(hidden(1)(model).mean()), trials=12).gain
+    assert gain.samples == 1 and "no error" in str(gain)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (None, "None"),
+        ("good", "good"),
+        ({"top1": 0.5}, "top1"),
+        (float("nan"), "1 of 1"),
+        (np.array([0.5, np.nan, np.inf]), "2 of 3"),
+        (np.array([]), "empty"),
+        ([], "empty"),
+        (iter([]), "no score"),
+        ([np.array([0.5]), np.array([])], "empty"),
+    ],
+)
+def test_what_is_no_score_is_refused(given, word, refused):
+    with refused("objective", word, "one number"):
+        run(lambda model: given)
 
 
 def test_bad_input(refused, tmp_path):
