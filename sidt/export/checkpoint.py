@@ -13,6 +13,7 @@ from torch import nn
 
 from sidt.errors import InputError
 from sidt.export.comparison import difference_between
+from sidt.export.hub import download, repository_in
 from sidt.export.models import create_model, name_of, own_args
 from sidt.export.weights import difference_of, load_weights
 from sidt.files import dump_json, read_json, replacing
@@ -22,6 +23,7 @@ from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 
 _FORMAT = "sidt-checkpoint-1"
+FILES = ("config.json", "plan.json", "model.safetensors")
 
 
 def save(
@@ -109,18 +111,23 @@ def _as_json(args: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dict(args))))
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(source: str | Path) -> nn.Module:
     """Read a model that :func:`save` wrote, dense or sliced, on the CPU and in eval mode.
 
+    Args:
+        source: a folder, or a repository of the Hugging Face hub: ``hf-hub:OWNER/NAME``, with ``@REVISION`` if need be,
+            or ``OWNER/NAME`` where there is no such folder.
+
     Raises:
-        InputError: a file is missing, damaged, or does not fit the others.
+        InputError: a file is missing, damaged, or does not fit the others; or the hub does not have it.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no checkpoint: it has no config.json (with plan.json and model.safetensors)")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("format") != _FORMAT or not isinstance(config.get("args"), dict):
-        raise InputError(f"{folder / 'config.json'} is not the config of a checkpoint (format {_FORMAT!r})")
+    folder = Path(source)
+    if isinstance(source, str) and not folder.exists() and (found := repository_in(source)) is not None:
+        try:
+            folder = _download(*found)
+        except InputError as error:
+            raise InputError(str(error) if ":" in source else f"there is no folder {source}, and {error}") from None
+    config = _read_config(folder, str(folder / "config.json"))
     model = create_model(str(config.get("model")), config["args"])
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
@@ -129,3 +136,19 @@ def load(folder: str | Path) -> nn.Module:
         model = slice_model(model, plan)
     load_weights(model, folder / "model.safetensors")
     return model.eval()
+
+
+def _read_config(folder: Path, label: str) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint: it has no config.json (with plan.json and model.safetensors)")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != _FORMAT or not isinstance(config.get("args"), dict):
+        raise InputError(f"{label} is not the config of a checkpoint (format {_FORMAT!r})")
+    return config
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """The folder of a checkpoint of the hub; what is none is refused before its weights come."""
+    folder = download(repository, revision, FILES[:1], "SiDT checkpoint")
+    _read_config(folder, f"config.json of {repository} on the hub")
+    return download(repository, folder.name, FILES, "SiDT checkpoint")

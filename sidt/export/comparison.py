@@ -37,12 +37,12 @@ def difference_between(model: nn.Module, other: nn.Module) -> str | None:
             if found := _attribute(a, b):
                 attribute, seen, rebuilt = found
                 return f"{f'{name}.' if name else ''}{attribute} is {seen}, and {rebuilt} when it is rebuilt"
-    ours, rebuilt = (list(_tensors(_answer(m, model))) for m in (model, other))
-    if [t.shape for t in ours] != [t.shape for t in rebuilt]:
+    outputs, again = (list(_tensors(_answer(m, model))) for m in (model, other))
+    if [t.shape for t in outputs] != [t.shape for t in again]:
         return "its output has another shape when it is rebuilt"
-    for a, b in zip(ours, rebuilt, strict=True):
-        if not torch.allclose(a, b, rtol=0, atol=_CLOSE * float(a.abs().max()), equal_nan=True):
-            return f"its output for one random image differs by up to {float((a - b).abs().max()):.2g} when rebuilt"
+    for x, y in zip(outputs, again, strict=True):
+        if not torch.allclose(x, y, rtol=0, atol=_CLOSE * float(x.abs().max()), equal_nan=True):
+            return f"its output for one random image differs by up to {float((x - y).abs().max()):.2g} when rebuilt"
     return None
 
 

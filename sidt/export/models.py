@@ -1,6 +1,7 @@
 """timm models by name and keyword arguments."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -8,13 +9,14 @@ from timm.models import get_model_args, get_pretrained_cfg
 from torch import nn
 
 from sidt.errors import InputError
+from sidt.export.hub import download, one_line, repository_in
 
 
 def create_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """``timm.create_model`` with one-line errors.
 
     Raises:
-        InputError: timm has no such model, or it does not take the arguments.
+        InputError: timm has no such model, it does not take the arguments, or the hub cannot be reached for it.
     """
     name = name.removeprefix("timm/")  # as the hub has timm's own weights
     if not timm.is_model(name) and ":" not in name:
@@ -22,8 +24,14 @@ def create_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False
         raise InputError(
             f"timm has no model {name!r}; near it: {', '.join(near) or 'nothing'}; timm.list_models() has all"
         )
+    on_hub = repository_in(name) if ":" in name and not name.startswith("local-dir:") else None
     try:
-        return timm.create_model(name, pretrained=pretrained, **args)
+        if on_hub:
+            download(*on_hub, ("config.json",), "timm model")
+        with one_line(on_hub[0], "timm model") if on_hub else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **args)
+    except InputError:
+        raise
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"timm cannot build {name!r} with {dict(args)}: {reason}") from None
@@ -47,4 +55,4 @@ def name_of(model: nn.Module) -> str | None:
         usual, own = get_pretrained_cfg(name), get_pretrained_cfg(f"{name}.{tag}")
     except RuntimeError:  # a tag of somebody's own
         return str(name)
-    return f"{name}.{tag}" if tag and None not in (usual, own) and usual.tag != own.tag else str(name)
+    return f"{name}.{tag}" if tag and usual and own and usual.tag != own.tag else str(name)

@@ -157,11 +157,13 @@ def wrapped_in(model: nn.Module) -> str | None:
     They are torch's DataParallel, DistributedDataParallel and FullyShardedDataParallel, what ``torch.compile`` gives,
     and timm's moving averages.
     """
-    path, inner = [], model
+    path: list[str] = []
+    inner = model
     while not _known_lineage(inner):
         for name in ("_orig_mod", "module"):
             if isinstance(found := inner._modules.get(name), nn.Module):
-                path, inner = [*path, name], found
+                path.append(name)
+                inner = found
                 break
         else:
             return None
