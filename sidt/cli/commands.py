@@ -9,6 +9,7 @@ import click
 
 from sidt.cli.detect import detect, detection, names_a_detector
 from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, together
+from sidt.cli.share import push
 from sidt.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def cli() -> None:
 
 
 cli.add_command(detect)
+cli.add_command(push)
 
 
 _STEP = together(SOURCE, OUT, _SET, DEVICE)  # the arguments that every step of a run has

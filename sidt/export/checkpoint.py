@@ -3,6 +3,7 @@
 ``config.json`` names the dense model for ``timm.create_model``; the plan says which of its units are left.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from sidt.errors import InputError
-from sidt.export.models import create_model, own_args
+from sidt.export.comparison import difference_between
+from sidt.export.hub import download, repository_in
+from sidt.export.models import create_model, name_of, own_args
 from sidt.export.weights import difference_of, load_weights
 from sidt.files import dump_json, read_json, replacing
+from sidt.space.families import wrapped_in
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 
 _FORMAT = "sidt-checkpoint-1"
+FILES = ("config.json", "plan.json", "model.safetensors")
 
 
 def save(
@@ -26,38 +31,45 @@ def save(
 ) -> None:
     """Write a dense or sliced timm model to a folder, so that :func:`load` gives it back.
 
-    The three files are written whole before the first of them replaces an older one.
+    What it is rebuilt as is compared with the model first: names and shapes of its tensors, what its modules are and
+    hold (head counts, scales, epsilons, windows), and what both make of one random image. The three files are written
+    whole before the first of them replaces an older one.
 
     Args:
         model: a model from ``timm.create_model``, or what :func:`sidt.slice_model` made of one.
         folder: where to write; made if needed.
         name: the timm model name; default: what the model says of itself.
-        args: the keyword arguments that were given to ``timm.create_model``; default: class count, channels and
-            image size, as the model says.
+        args: the keyword arguments that rebuild the dense model with ``timm.create_model``; default: those that it was
+            created with, and what its ``reset_classifier`` and ``set_input_size`` changed since, as timm keeps them.
 
     Raises:
         InputError: name and args do not rebuild the model, or the folder cannot be written.
     """
-    name = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not name:
+    if (inner := wrapped_in(model)) is not None:
+        raise InputError(f"this {type(model).__name__} wraps a model; save what is in it: model.{inner}")
+    if name is not None and ":" in name:  # of a hub or a folder, which may change: the model says what it stands for
+        name, args = None, own_args(model) | dict(args or {})
+    name = name or name_of(model)
+    if name is None:
         raise InputError(f"this {type(model).__name__} does not say its timm name; pass name= to save")
-    args = dict(args) if args is not None else own_args(model)
-    plan: DimensionPlan | None = getattr(model, "sidt_plan", None)
+    args = _as_json(own_args(model) if args is None else args)
     state = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
-    dense = create_model(name, args)
-    rebuilt = dense
-    if plan is None:
-        plan = DimensionPlan(space_for(dense), {})
-    elif space_for(dense).sizes == plan.space.sizes:
-        rebuilt = slice_model(dense, plan)
-    if difference := difference_of(rebuilt, state):
+    rotated = tuple(getattr(model, "sidt_rotated", ()))  # the widths whose units stand in order
+    rebuilt, plan = _rebuilt(name, args, rotated, getattr(model, "sidt_plan", None))
+    difference = difference_of(rebuilt, state)
+    if difference is None:
+        weight = next(iter(state.values()))
+        rebuilt.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+        rebuilt.load_state_dict(state, assign=True)  # the same tensors, so that there are no more of them
+        difference = difference_between(model, rebuilt)
+    if difference:
         raise InputError(
             f"timm.create_model({name!r}, **{args}) does not rebuild this model: {difference}; pass the keyword "
             f"arguments that it was created with as args="
         )
     config: dict[str, Any] = {"format": _FORMAT, "model": name, "args": args}
-    if rotated := getattr(model, "sidt_rotated", ()):
-        config["rotated"] = list(rotated)  # the widths whose units stand in order
+    if rotated:
+        config["rotated"] = list(rotated)
     folder = Path(folder)
     with (
         replacing(folder / "config.json") as config_file,
@@ -69,18 +81,53 @@ def save(
         weights_file.write_bytes(dump_tensors(state, metadata={"format": "pt"}))
 
 
-def load(folder: str | Path) -> nn.Module:
+def _rebuilt(
+    name: str, args: Mapping[str, Any], rotated: tuple[str, ...], plan: DimensionPlan | None
+) -> tuple[nn.Module, DimensionPlan]:
+    """The model of a name, sliced by what a plan keeps where the dimensions are the same, and the plan on it.
+
+    The plan may be on a model of another head or image size, since neither is a dimension.
+    """
+    dense = create_model(name, args)
+    if rotated:
+        dense.sidt_rotated = rotated  # type: ignore[assignment]
+    space = space_for(dense)
+    if plan is None or space.sizes != plan.space.sizes:
+        return dense, DimensionPlan(space, {})
+    plan = DimensionPlan(space, plan.keep)
+    return slice_model(dense, plan), plan
+
+
+def _as_json(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as they come back from the file."""
+    for key, value in args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"the argument {key}={value!r} cannot be written as JSON; give save args= with a name that timm takes "
+                f"for it, such as norm_layer='rmsnorm'"
+            ) from None
+    return dict(json.loads(json.dumps(dict(args))))
+
+
+def load(source: str | Path) -> nn.Module:
     """Read a model that :func:`save` wrote, dense or sliced, on the CPU and in eval mode.
 
+    Args:
+        source: a folder, or a repository of the Hugging Face hub: ``hf-hub:OWNER/NAME``, with ``@REVISION`` if need be,
+            or ``OWNER/NAME`` where there is no such folder.
+
     Raises:
-        InputError: a file is missing, damaged, or does not fit the others.
+        InputError: a file is missing, damaged, or does not fit the others; or the hub does not have it.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no checkpoint: it has no config.json (with plan.json and model.safetensors)")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("format") != _FORMAT or not isinstance(config.get("args"), dict):
-        raise InputError(f"{folder / 'config.json'} is not the config of a checkpoint (format {_FORMAT!r})")
+    folder = Path(source)
+    if isinstance(source, str) and not folder.exists() and (found := repository_in(source)) is not None:
+        try:
+            folder = _download(*found)
+        except InputError as error:
+            raise InputError(str(error) if ":" in source else f"there is no folder {source}, and {error}") from None
+    config = _read_config(folder, str(folder / "config.json"))
     model = create_model(str(config.get("model")), config["args"])
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
@@ -89,3 +136,19 @@ def load(folder: str | Path) -> nn.Module:
         model = slice_model(model, plan)
     load_weights(model, folder / "model.safetensors")
     return model.eval()
+
+
+def _read_config(folder: Path, label: str) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no checkpoint: it has no config.json (with plan.json and model.safetensors)")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != _FORMAT or not isinstance(config.get("args"), dict):
+        raise InputError(f"{label} is not the config of a checkpoint (format {_FORMAT!r})")
+    return config
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """The folder of a checkpoint of the hub; what is none is refused before its weights come."""
+    folder = download(repository, revision, FILES[:1], "SiDT checkpoint")
+    _read_config(folder, f"config.json of {repository} on the hub")
+    return download(repository, folder.name, FILES, "SiDT checkpoint")

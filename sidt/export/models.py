@@ -1,41 +1,58 @@
 """timm models by name and keyword arguments."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
+from timm.models import get_model_args, get_pretrained_cfg
 from torch import nn
 
 from sidt.errors import InputError
+from sidt.export.hub import download, one_line, repository_in
 
 
 def create_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """``timm.create_model`` with one-line errors.
 
     Raises:
-        InputError: timm has no such model, or it does not take the arguments.
+        InputError: timm has no such model, it does not take the arguments, or the hub cannot be reached for it.
     """
-    if not timm.is_model(name.removeprefix("timm/")) and ":" not in name:
+    name = name.removeprefix("timm/")  # as the hub has timm's own weights
+    if not timm.is_model(name) and ":" not in name:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise InputError(
             f"timm has no model {name!r}; near it: {', '.join(near) or 'nothing'}; timm.list_models() has all"
         )
+    on_hub = repository_in(name) if ":" in name and not name.startswith("local-dir:") else None
     try:
-        return timm.create_model(name, pretrained=pretrained, **args)
+        if on_hub:
+            download(*on_hub, ("config.json",), "timm model")
+        with one_line(on_hub[0], "timm model") if on_hub else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **args)
+    except InputError:
+        raise
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"timm cannot build {name!r} with {dict(args)}: {reason}") from None
 
 
 def own_args(model: nn.Module) -> dict[str, Any]:
-    """The arguments that timm models repeat as attributes, where they differ from the model's defaults."""
+    """The arguments that rebuild a timm model, as timm keeps them, without drop rates.
+
+    They are those that it was created with, and what ``reset_classifier`` and ``set_input_size`` changed since.
+    """
+    return dict(get_model_args(model))
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The timm name of a model, with the tag of its published weights where that is not the usual one."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    args: dict[str, Any] = {}
-    if getattr(model, "num_classes", None) not in (None, cfg.get("num_classes")):
-        args["num_classes"] = model.num_classes
-    if getattr(model, "in_chans", 3) != 3:
-        args["in_chans"] = model.in_chans
-    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if img_size is not None and tuple(img_size) != tuple(cfg.get("input_size", ()))[1:]:
-        args["img_size"] = list(img_size)
-    return args
+    name, tag = cfg.get("architecture"), cfg.get("tag")
+    if not name or not timm.is_model(name):
+        return None
+    try:
+        usual, own = get_pretrained_cfg(name), get_pretrained_cfg(f"{name}.{tag}")
+    except RuntimeError:  # a tag of somebody's own
+        return str(name)
+    return f"{name}.{tag}" if tag and usual and own and usual.tag != own.tag else str(name)

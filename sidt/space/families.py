@@ -151,17 +151,47 @@ def families() -> list[Family]:
         return [read_family(file) for file in sorted(folder.glob("*.yaml"))]
 
 
+def wrapped_in(model: nn.Module) -> str | None:
+    """The path of the model inside those that wrap one to train or compile it; ``None`` if it is not wrapped.
+
+    They are torch's DataParallel, DistributedDataParallel and FullyShardedDataParallel, what ``torch.compile`` gives,
+    and timm's moving averages.
+    """
+    path: list[str] = []
+    inner = model
+    while not _known_lineage(inner):
+        for name in ("_orig_mod", "module"):
+            if isinstance(found := inner._modules.get(name), nn.Module):
+                path.append(name)
+                inner = found
+                break
+        else:
+            return None
+    return ".".join(path) or None
+
+
+def _known_lineage(model: nn.Module) -> bool:
+    known = {name for family in families() for name in family.models}
+    return any(name in known for name in _lineage(model))
+
+
+def _lineage(model: nn.Module) -> list[str]:
+    return [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a model's class, or of the nearest class that it inherits from.
 
     Raises:
         InputError: there is none.
     """
-    lineage = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+    lineage = _lineage(model)
     known = {name: family for family in families() for name in family.models}
     for name in lineage:
         if name in known:
             return known[name]
+    if (inner := wrapped_in(model)) is not None:
+        raise InputError(f"this {type(model).__name__} wraps a model; pass what is in it: model.{inner}")
     raise InputError(
         f"no search space for {lineage[0]}; add one to search_spaces/ (CONTRIBUTING.md shows how) and pass "
         f"its path as file=, or use one of: {', '.join(sorted(known))}"

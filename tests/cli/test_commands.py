@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hub import TOKEN, serving, use
 from PIL import Image
 
 import sidt
@@ -89,6 +90,35 @@ def test_spaces(sidt_command):
     assert code == 0 and "hidden.11" in out and "3 x 64" in out
     code, out, _ = sidt_command("spaces", "vit_small_patch14_dinov2")  # has no head, and gets one
     assert code == 0 and "embed: can be rotated" in out
+
+
+def test_push(finished, config, sidt_command, mistake, monkeypatch, tmp_path):
+    with serving() as hub:
+        use(monkeypatch, hub.url, tmp_path)
+        code, out, err = sidt_command("push", finished, "someone/small", "--private")
+        assert code == 0 and "fine-tuned model" in out and f"{hub.url}/someone/small" in out
+        assert hub.private["someone/small"] and TOKEN not in out + err
+        sent = hub.files("someone/small")
+        assert set(sent) == {
+            "config.json", "plan.json", "model.safetensors", "README.md", "kept.png", "search.png"
+        }  # fmt: skip
+        rows = json.loads((finished / "evaluation.json").read_text())
+        text = sent["README.md"].decode()
+        assert f"{rows['fine-tuned']['top1']:.2%}" in text and f"{rows['dense']['params']:,}" in text
+        assert "params=0.6" in text and "taylor on 64 images" in text and "![units kept](kept.png)" in text
+        assert not any(str(place) in text for place in (finished, config.parent, TOKEN))
+        card = yaml.safe_load(text.split("---")[1])
+        (result,) = card["model-index"][0]["results"]
+        assert result["metrics"][0]["value"] == rows["fine-tuned"]["top1"] and card["library_name"] == "sidt"
+        images = torch.randn(2, 3, 16, 16)
+        assert torch.equal(sidt.load("hf-hub:someone/small")(images), sidt.load(finished)(images))
+        mistake("push", finished, "someone", says=["someone", "OWNER/NAME"])
+        mistake("push", tmp_path, "someone/small", says=["no checkpoint"])
+        mistake("push", tmp_path / "nowhere", "someone/small", says=["nowhere"])
+        monkeypatch.delenv("HF_TOKEN")
+        mistake("push", finished, "someone/small", says=["token", "hf auth login"])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    mistake("push", finished, "someone/small", says=["cannot reach the hub"])
 
 
 def test_mistakes_of_arguments(mistake, config, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and what is damaged is refused whole."""
 
+import argparse
 import json
 import os
 import pickle
@@ -49,11 +50,14 @@ def test_a_dense_model_and_a_twice_sliced_one(tmp_path):
 def test_arguments_that_the_model_knows_need_not_be_given(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, in_chans=1)
     sidt.save(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["args"] == {
-        "num_classes": 7,
-        "in_chans": 1,
-        "img_size": [32, 32],
-    }
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["args"].items()
+        >= {
+            "num_classes": 7,
+            "in_chans": 1,
+            "img_size": [32, 32],
+        }.items()
+    )
     images = torch.randn(1, 1, 32, 32)
     assert torch.equal(sidt.load(tmp_path)(images), model.eval()(images))
 
@@ -61,7 +65,7 @@ def test_arguments_that_the_model_knows_need_not_be_given(tmp_path):
 def test_arguments_that_do_not_rebuild_the_model_are_refused(tmp_path, refused):
     model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
     with refused("does not rebuild", "args="):
-        sidt.save(model, tmp_path)
+        sidt.save(model, tmp_path, args={"num_classes": 3})
     assert not list(tmp_path.iterdir())
 
 
@@ -134,14 +138,67 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, refused):
     assert not os.path.exists("/tmp/sidt-was-here")
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def same(model, state):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema", "model_ema"])
 def test_weights_of_others(tmp_path, key):
     model, _ = dense(VIT_TINY)
     state = model.state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "weights.pth")
     other = VIT_TINY.build(seed=5)
     load_weights(other, tmp_path / "weights.pth")
-    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), state.values(), strict=True))
+    assert same(other, state)
+
+
+def test_the_checkpoint_of_timms_training_script(tmp_path):
+    """Arguments beside the weights, the moving average in a wrapper before them, as timm itself takes it."""
+    model, _ = dense(VIT_TINY)
+    last, average = VIT_TINY.build(seed=5).state_dict(), {f"module.{k}": v for k, v in model.state_dict().items()}
+    whole = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "state_dict": last, "state_dict_ema": average}
+    torch.save(whole, tmp_path / "weights.pth.tar")
+    other = VIT_TINY.build(seed=6)
+    load_weights(other, tmp_path / "weights.pth.tar")
+    assert same(other, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.", "model.backbone.", "net.module."]
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_with_something_before_every_name(tmp_path, prefix, suffix):
+    model, _ = dense(VIT_TINY)
+    state = {f"{prefix}{k}": v for k, v in model.state_dict().items()}
+    path = tmp_path / f"weights.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(state, path)
+    other = VIT_TINY.build(seed=5)
+    load_weights(other, path)
+    assert same(other, model.state_dict())
+
+
+def test_weights_of_compiled_blocks(tmp_path):
+    model, _ = dense(VIT_TINY)
+    state = {k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in model.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    other = VIT_TINY.build(seed=5)
+    load_weights(other, tmp_path / "weights.pth")
+    assert same(other, model.state_dict())
+
+
+def test_what_stands_before_names_is_in_the_message(tmp_path, refused):
+    model, _ = dense(VIT_TINY)
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save(state | {"module.head.bias": torch.zeros(11)}, tmp_path / "other.pth")
+    with refused("other.pth", "'module.'", "head.bias", "[11]"):
+        load_weights(VIT_TINY.build(), tmp_path / "other.pth")
+    torch.save({k: v for k, v in state.items() if "cls_token" not in k}, tmp_path / "part.pth")
+    with refused("'module.'", "cls_token is missing"):
+        load_weights(VIT_TINY.build(), tmp_path / "part.pth")
+    more = {f"model.{k}": v for k, v in model.state_dict().items()} | {"criterion.weight": torch.zeros(1)}
+    torch.save(more, tmp_path / "more.pth")
+    with refused("cls_token is missing", f"{len(more) - 1} of its {len(more)} names begin with 'model.'"):
+        load_weights(VIT_TINY.build(), tmp_path / "more.pth")
 
 
 def test_unknown_model(refused):
