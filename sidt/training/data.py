@@ -214,6 +214,17 @@ class ImageData(Dataset[tuple[Tensor, int]]):
             images = _crop(images, self.shift, flip=self.augment == "crop-flip")
         return list(zip((images * self._scale + self._shift).unbind(), labels, strict=True))
 
+    def picture(self, index: int) -> Image.Image:
+        """An image as the model sees it, before it is normalised."""
+        image, _ = self[index]
+        bytes_ = ((image - self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(bytes_.permute(1, 2, 0).numpy())
+
+    def name(self, index: int) -> str:
+        """What an image is called: its file's name, or its place where it has none."""
+        source, where = self.pixels.source, int(self.indices[index])
+        return str(source.reader.filename(where)) if isinstance(source, _Files) else f"no. {where}"
+
 
 def _crop(images: Tensor, pad: int, *, flip: bool) -> Tensor:
     """Shift every image by up to ``pad`` pixels, black coming in, and mirror half of them."""
