@@ -31,6 +31,7 @@ from sidt.runs.parts import (
     Box,
     Number,
     Part,
+    compared,
     complexity,
     cost_tile,
     details,
@@ -46,6 +47,7 @@ from sidt.runs.parts import (
     write,
 )
 from sidt.space.plan import load_plan
+from sidt.training.devices import resolve_device
 
 _MOST = 6  # images shown
 _SCORE, _IOU = 0.3, 0.5  # boxes below are not shown; a box that overlaps an object of its class so much is right
@@ -89,7 +91,7 @@ def write_page(run: DetectionRun) -> Path:
         search_section(storage, found, found["objective"], ""),
         _side_by_side(run, list(rows)),
         section("Complexity", "", complexity(_parts(before), _parts(after), counted)),
-        section("How this page was made", "", made(_PACKAGES, run.settings.device)),
+        section("How this page was made", "", made(_PACKAGES, str(resolve_device(run.settings.device)))),
     ]
     tiles = [
         cost_tile("Parameters", before["params"], after["params"]),
@@ -99,7 +101,9 @@ def write_page(run: DetectionRun) -> Path:
     if "latency_ms" in before and "latency_ms" in after:
         tiles.append(cost_tile("Latency of one image", before["latency_ms"], after["latency_ms"], "{:.2f} ms"))
     backbone = after["params_by_part"]["backbone"] / before["params_by_part"]["backbone"]
-    lead = f"The backbone of the {final} detector has {backbone:.1%} of the parameters of the dense one's."
+    lead = f"The backbone of the {final} detector has {backbone:.1%} of the parameters of the dense one's"
+    old, new = before["bbox"]["AP"], after["bbox"]["AP"]
+    lead += "." if old is None or new is None else f"; its box AP is {compared(old, new)}."
     path = run.folder / "report.html"
     write(path, f"{type(detector).__name__} with {space.model}, budget {found['budget']}", lead, tiles, sections)
     return path
@@ -107,14 +111,14 @@ def write_page(run: DetectionRun) -> Path:
 
 def _asked(run: DetectionRun, detector: str, found: Mapping[str, Any]) -> dict[str, Any]:
     settings, source = run.settings, source_of(run.config, "test_dataloader")
-    kinds = ", ".join(settings.searched) if settings.searched else "all"
+    kinds = f", of {', '.join(settings.searched)}" if settings.searched else ""
     rows = [
         ("Detector", detector),
         ("Test data", f"{source.annotations}, {len(source.classes):,} classes"),
         ("Budget", f"{found['budget']} of the {found['on']}"),
         ("Importance", f"{settings.score}, on {settings.score_images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if settings.repair else "none"),
-        ("Search", f"{len(found['values']):,} trials; kinds: {kinds}"),
+        ("Search", f"{len(found['values']):,} trials{kinds}"),
     ]
     return section(
         "What was asked", "", facts(rows), details("The whole config", without_passwords(run.config.pretty_text))
@@ -204,13 +208,14 @@ def _side_by_side(run: DetectionRun, evaluated: list[str]) -> dict[str, Any]:
         return section(title, f"Not drawn: {missing}.")
     says = (
         f"Of {len(counts):,} test images the {final} detector finds more objects than the dense one in {more:,}, fewer "
-        f"in {fewer:,}. An object is found by a box of its class that scores at least {_SCORE} and overlaps it by {_IOU}."
+        f"in {fewer:,}. An object is found by a box of its class that scores at least {_SCORE} and overlaps it by "
+        f"{_IOU}."
     )
     caption = (
-        f"Left the objects, then the dense and the {final} detector, where they differ most: a whole line is a box that "
-        "is right, a broken one is not."
+        f"Left the objects, then the dense and the {final} detector, where they differ most: a whole line is a box "
+        "that is right, a broken one is not."
     )
-    return section(title, says, pictures(caption, items))
+    return section(title, says, pictures(caption, items, compared=True))
 
 
 def _by_image(objects: list[dict[str, Any]]) -> defaultdict[int, _Found]:

@@ -162,7 +162,7 @@ def search(run: DetectionRun, say: Say) -> str:
     verdict = says(settings, result.gain)
     result.plan.save(run.folder / PLAN)
     full, small = parts(space), parts(space, result.plan.sizes)
-    values = [trial.values[0] for trial in result.study.trials if trial.values is not None]
+    values = [trial.values[0] for trial in result.study.trials if trial.state.name == "COMPLETE"]
     write_json(
         run.folder / SEARCH,
         {

@@ -44,12 +44,13 @@ def open_study(storage: str, name: str) -> optuna.Study:
         ) from None
 
 
-def study_figures(study: optuna.Study, score: str, cost: str = "") -> list[tuple[str, Any]]:
+def study_figures(study: optuna.Study, score: str, dense: float, cost: str = "") -> list[tuple[str, Any]]:
     """Optuna's plotly figures of a study, each with a sentence that says what to see.
 
     Args:
         study: of one objective, the score; or of two, the score and the share of the cost.
         score: what the score is.
+        dense: the dense model's.
         cost: what the share is of, for a study of two objectives.
     """
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -72,12 +73,12 @@ def study_figures(study: optuna.Study, score: str, cost: str = "") -> list[tuple
                 ("Every trial, and in red those that no other beats in both score and cost; darker is later.", front),
                 ("The area between the curve and its worst corner: once it is flat, more trials add little.", history),
             ]
-        figures = [
-            (
-                "A point for each trial, and the best so far: once the line is flat, more trials add little.",
-                plot_optimization_history(study, target_name=score),
-            )
-        ]
+        history = plot_optimization_history(study, target_name=score)
+        for trace, name in zip(history.data, ("trial", "best so far"), strict=False):
+            trace.name = name
+        history.add_hline(y=dense, line={"dash": "dot", "color": "var(--quiet)"}, annotation_text="dense")
+        history.update_layout(xaxis_title="trial")
+        figures = [("A point for each trial: once the line of the best is flat, more trials add little.", history)]
         values = {trial.values[0] for trial in finished}
         if len(finished) >= _ENOUGH and len(values) > 1 and finished[0].params:
             importances = plot_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), target_name=score)

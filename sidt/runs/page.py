@@ -18,6 +18,7 @@ from sidt.runs.parts import (
     Number,
     Part,
     accuracy,
+    compared,
     complexity,
     cost_tile,
     details,
@@ -80,11 +81,10 @@ def write_page(
         _top1_tile(before, after),
         cost_tile("Latency of one image", before["latency_ms"], after["latency_ms"], "{:.2f} ms"),
     ]
-    share, change = after["params"] / before["params"], 100 * (after["top1"] - before["top1"])
-    differs = "the same" if change == 0 else f"{abs(change):.2f} points {'higher' if change > 0 else 'lower'}"
+    share = after["params"] / before["params"]
     lead = (
         f"The {final} model has {share:.1%} of the parameters of the dense one; its top-1 accuracy on "
-        f"{after['images']:,} test images is {differs}."
+        f"{after['images']:,} test images is {compared(before['top1'], after['top1'])}."
     )
     write(path, f"{run.config.model.name} on {run.config.data.name}", lead, tiles, sections)
     return path
@@ -209,7 +209,7 @@ def search_section(storage: str, found: Mapping[str, Any], judged_by: str, cost:
     try:
         if "study" not in found:
             raise InputError("search.json is of an earlier version and does not name its study; search again")
-        figures = study_figures(open_study(storage, found["study"]), judged_by, cost)
+        figures = study_figures(open_study(storage, found["study"]), judged_by, found["dense"], cost)
     except InputError as missing:
         return section("The search", f"{says} Its history is not drawn: {missing}.")
     return section("The search", says, *(plot(caption, figure) for caption, figure in figures))

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata, resources
@@ -103,6 +104,8 @@ def _cell(value: Any) -> dict[str, Any]:
 def plot(caption: str, figure: Any) -> Part:
     """A plotly figure; its caption says what to see in one sentence. The page gives it its colours."""
     drawn = json.loads(figure.to_json())
+    if title := drawn["layout"].get("yaxis", {}).get("title"):  # upright, it must fit beside the plot on a phone
+        title["text"] = "<br>".join(textwrap.wrap(title["text"], 24))
     layout = {key: value for key, value in drawn["layout"].items() if key not in ("template", "title")}
     return {"kind": "plot", "caption": caption, "figure": {"data": drawn["data"], "layout": layout}}
 
@@ -136,9 +139,9 @@ def details(summary: str, text: str) -> Part:
     return {"kind": "details", "caption": summary, "text": text}
 
 
-def pictures(caption: str, items: Sequence[Part]) -> Part:
-    """Pictures beside each other; see :func:`picture`."""
-    return {"kind": "pictures", "caption": caption, "items": list(items)}
+def pictures(caption: str, items: Sequence[Part], *, compared: bool = False) -> Part:
+    """Pictures beside each other, see :func:`picture`; ``compared``: three in a row, on a phone too."""
+    return {"kind": "pictures", "caption": caption, "items": list(items), "compared": compared}
 
 
 def picture(image: Image.Image, alt: str, lines: Iterable[tuple[str, str, str]], boxes: Sequence[Box] = ()) -> Part:
@@ -211,6 +214,12 @@ def _program(path: str) -> str:
 def without_passwords(text: str) -> str:
     """A text without the passwords of the URLs in it, such as that of a study's storage."""
     return re.sub(r"(://[^\s/:@]*:)[^\s/@]+@", r"\1***@", text)
+
+
+def compared(before: float, after: float) -> str:
+    """How a fraction changed, in points of a percent."""
+    points = 100 * (after - before)
+    return f"{abs(points):.2f} points {'higher' if points > 0 else 'lower'}" if points else "the same"
 
 
 def accuracy(part: float, error: float) -> Number:

@@ -166,7 +166,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
         label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
     )
-    finished = [t for t in result.study.get_trials() if t.values is not None]
+    finished = [t for t in result.study.get_trials() if t.state.name == "COMPLETE"]  # stopped ones have values too
     whole = on_dense(model, result.plan)
     whole.save(run.folder / PLAN)
     gain = result.gain
