@@ -51,6 +51,11 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
+def dump_compact(value: Any) -> str:
+    """The same on one line, for long lists of numbers."""
+    return json.dumps(value, separators=(",", ":")) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON to ``path`` in one step."""
     write_text(path, dump_json(value))

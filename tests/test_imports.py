@@ -18,7 +18,9 @@ DETECTION = ("operators", "data", "detectors", "training", "runs")
 GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}
 ONLY = {
-    "optuna": {"sidt.allocation.storage", "sidt.allocation.study"},
+    "optuna": {"sidt.allocation.figures", "sidt.allocation.storage", "sidt.allocation.study"},
+    "plotly": {"sidt.runs.page", "sidt.runs.parts"},
+    "jinja2": {"sidt.runs.parts"},
     "timm": {
         "sidt.surgery.attention",
         "sidt.training.data",

@@ -1,4 +1,4 @@
-"""The whole way on the digits detection set: train, search, fine-tune, evaluate, draw."""
+"""The whole way on the digits detection set: train, search, fine-tune, evaluate, draw, report."""
 
 import time
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from sidt.detection.data.digits import write_digits
 from sidt.detection.runs.folder import open_run
 from sidt.detection.runs.objective import Say
+from sidt.detection.runs.page import write_page
 from sidt.detection.runs.pipeline import draw, evaluate, finetune, search, train_dense
 
 _CONFIG = "digits_swin.py"
@@ -33,4 +34,5 @@ def demo(folder: Path, options: Mapping[str, Any], device: str | None, say: Say)
     say(finetune(run))
     say(evaluate(run))
     say(draw(run, 4))
+    say(f"report -> {write_page(run)}")
     say(f"{time.perf_counter() - begin:.0f} s in all")

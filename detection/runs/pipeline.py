@@ -5,7 +5,8 @@
     train (or a checkpoint) -> dense/
     search -> base/ (the aligned detector and its moments), scores.safetensors, study.db, search/, sliced/
     finetune -> config.py, plan.json, model.safetensors (the result, for MMDetection)
-    evaluate -> evaluation.json             data/ holds the annotations of the held-out images and of the rest
+    evaluate -> evaluation.json, and evaluation/ with its boxes in the folder of each detector
+    report -> report.html                   data/ holds the annotations of the held-out images and of the rest
 """
 
 import time
@@ -161,7 +162,7 @@ def search(run: DetectionRun, say: Say) -> str:
     verdict = says(settings, result.gain)
     result.plan.save(run.folder / PLAN)
     full, small = parts(space), parts(space, result.plan.sizes)
-    values = [trial.values[0] for trial in result.study.trials if trial.values is not None]
+    values = [trial.values[0] for trial in result.study.trials if trial.state.name == "COMPLETE"]
     write_json(
         run.folder / SEARCH,
         {
@@ -172,6 +173,7 @@ def search(run: DetectionRun, say: Say) -> str:
             "plain": result.plain_value,
             "best": result.value,
             "values": values,
+            "study": result.study.study_name,
             "gain": {
                 "plain": result.gain.plain,
                 "found": result.gain.found,

@@ -216,6 +216,16 @@ def evaluate(
 
 
 @detect.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="RUN")
+@_DATA
+@_OPTIONS
+def report(source: Path, data_root: Path | None, options: tuple[str, ...]) -> None:
+    """Write report.html: scores, kept sizes, the search, boxes side by side."""
+    page = detection("runs.page")
+    click.echo(f"report -> {page.write_page(_open(source, None, data_root, options, {}))}")
+
+
+@detect.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--train", type=int, default=None, help="Training images.")
 @click.option("--val", type=int, default=None, help="Test images.")

@@ -5,7 +5,7 @@
     train -> dense/            score -> base/ (with moments.safetensors), scores.safetensors
     search -> study.db, search/
     slice -> sliced/           finetune -> config.json, plan.json, model.safetensors (the result, for sidt.load)
-    evaluate -> evaluation.json        report -> report.md, kept.png, search.png
+    evaluate -> evaluation.json, answers.json        report -> report.md, kept.png, search.png, report.html
 
 base/ is the dense model in the basis that scores and plans are of (see :func:`sidt.align`); what it computes is the
 same. With ``steps`` it is a slice of that, which the last step starts from; plans on disk are of the dense model. What
@@ -42,6 +42,7 @@ from sidt.files import read_json, write_json, write_text
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs import provenance
 from sidt.runs import report as reporting
+from sidt.runs.answers import Answers
 from sidt.runs.base import (
     MOMENTS,
     STEPS,
@@ -58,6 +59,7 @@ from sidt.runs.base import (
 )
 from sidt.runs.folder import CHAIN, EVALUATION, PLAN, SEARCH, Run, base_model, dense_model, existing, searched_plan
 from sidt.runs.images import data_of, held_out_images, sample
+from sidt.runs.page import write_page
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.compensation import refit_width
@@ -66,7 +68,7 @@ from sidt.training.batches import make_loader
 from sidt.training.data import Splits
 from sidt.training.digest import weights_digest
 from sidt.training.distillation import distillation_loss
-from sidt.training.evaluation import check_classes, correct, log_likelihood, top1
+from sidt.training.evaluation import answers, check_classes, correct, log_likelihood, top1
 from sidt.training.loop import Loss, TrainConfig, fit
 
 _JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
@@ -170,7 +172,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
         label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
     )
-    finished = [t for t in result.study.get_trials() if t.values is not None]
+    finished = [t for t in result.study.get_trials() if t.state.name == "COMPLETE"]  # stopped ones have values too
     whole = on_dense(model, result.plan)
     whole.save(run.folder / PLAN)
     found = {
@@ -180,6 +182,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         "plain": result.plain_value,
         "best": result.value,
         "values": [t.values[0] for t in finished],
+        "study": result.study.study_name,
         "pruned": result.pruned,
         "objective": config.objective,
         "multipliers": dict(result.multipliers),
@@ -291,11 +294,12 @@ def evaluate(run: Run) -> str:
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
     made_of = provenance.inputs(run.folder, CHAIN, "evaluate")
-    test, rows = data_of(run.config.data).test, {}
+    test, rows, answered = data_of(run.config.data).test, {}, {}
     for name, folder in there.items():
         model = load(folder).to(run.device)
         counted = measure(model)
-        hits = correct(model, test, device=run.device)
+        answered[name] = answers(model, test, device=run.device)
+        hits = answered[name] == test.labels
         rows[name] = {
             "top1": float(hits.mean()),
             "error": float(hits.std() / np.sqrt(len(hits))),
@@ -305,13 +309,14 @@ def evaluate(run: Run) -> str:
             "latency_ms": time_forward(model, counted.input_size, seconds=0.5),
             "device": run.device,
         }
+    Answers(test.classes, test.labels, answered).save(run)
     write_json(run.folder / EVALUATION, rows)
     provenance.record(run.folder, CHAIN, "evaluate", made_of)
     return reporting.results_table(rows)
 
 
 def write_report(run: Run) -> str:
-    """Write ``report.md`` and its plots from what the other steps left."""
+    """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
     model = dense_model(run)
     space = space_for(model)
     plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
@@ -349,7 +354,8 @@ Search: {len(search_result["values"])} trials; {gain["says"] if gain else "what 
 {curve}{costs}
 """
     write_text(run.folder / "report.md", text)
-    return f"report -> {run.folder / 'report.md'}"
+    page = write_page(run, plan, search_result, front, rows, judged_by)
+    return f"report -> {run.folder / 'report.md'}, {page}"
 
 
 def run_all(run: Run, say: Callable[[str], None]) -> None:

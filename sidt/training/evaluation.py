@@ -64,6 +64,14 @@ def correct(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
     return judged(model, data, lambda logits, targets: logits.argmax(-1) == targets, **options)
 
 
+def answers(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
+    """The class that the model gives first: int64, one for every sample, in order.
+
+    The options are those of :func:`judged`, and so is what is raised.
+    """
+    return judged(model, data, lambda logits, _: logits.argmax(-1), **options)
+
+
 def log_likelihood(model: nn.Module, data: Dataset[Any], **options: Any) -> np.ndarray:
     """Log-probability that the model gives to the right class: one for every sample, in order.
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidt.training.sources import Source
+from sidt.training.sources import Files, Source
 
 _CACHE_BYTES = 2**29  # decoded images of one source are kept in memory up to this size
 
@@ -78,6 +78,17 @@ class ImageData(Dataset[tuple[Tensor, int]]):
         if self.augment != "none":
             images = crop(images, self.shift, flip=self.augment == "crop-flip")
         return list(zip((images * self._scale + self._shift).unbind(), labels, strict=True))
+
+    def picture(self, index: int) -> Image.Image:
+        """An image as the model sees it, before it is normalised."""
+        image, _ = self[index]
+        bytes_ = ((image - self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(bytes_.permute(1, 2, 0).numpy())
+
+    def name(self, index: int) -> str:
+        """What an image is called: its file's name, or its place where it has none."""
+        source, where = self.pixels.source, int(self.indices[index])
+        return source.files[where].name if isinstance(source, Files) else f"no. {where}"
 
 
 def crop(images: Tensor, pad: tuple[int, int], *, flip: bool) -> Tensor:

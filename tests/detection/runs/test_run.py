@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from pages import Page
 from safetensors.torch import load_file
 from small_detector import (
     CONFIGS,
@@ -74,6 +75,32 @@ def test_a_run_leaves_its_files(run):
     assert (run / "detections.png").stat().st_size > 1000
     plan = json.loads((run / "plan.json").read_text())
     assert plan == json.loads((run / "search" / "plan.json").read_text())
+
+
+def test_a_run_has_a_page(run):
+    """Scores of every detector and class, the plan, the search, and boxes on the images."""
+    result = CliRunner().invoke(cli, ["detect", "report", str(run)], catch_exceptions=False, standalone_mode=False)
+    assert result.exit_code == 0 and f"report -> {run / 'report.html'}" in result.output
+    page, rows = Page(run / "report.html"), json.loads((run / "evaluation.json").read_text())
+    page.check()
+    for name, row in rows.items():
+        scores = [row["bbox"][key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+        shown = ["-" if score is None else f"{100 * score:.2f}" for score in scores]
+        assert " ".join([name, *shown]) in page.text
+        costs = [f"{row['params']:,}", f"{sum(row['macs'].values()):,}", f"{row['latency_ms']:.2f}", row["device"]]
+        assert " ".join([name, *costs]) in page.text
+    source = source_of(open_run(run).config, "test_dataloader")
+    truth = json.loads(source.annotations.read_text())
+    assert len(page.images()) == 3 * min(6, len(truth["images"]))
+    shown = {image["alt"].split(",")[0] for image in page.all("img")}
+    objects = sum(
+        len([a for a in truth["annotations"] if a["image_id"] == i["id"]])
+        for i in truth["images"]
+        if i["file_name"] in shown
+    )
+    assert len(page.all("rect", **{"class": "truth"})) == objects
+    assert len(page.plots) == 1  # the history; two trials are too few for importances
+    assert set(source.classes) <= set(page.text.split("AP of boxes by class.")[1].split("Costs")[0].split())
 
 
 def test_a_search_measures_once(run, tmp_path, monkeypatch):
