@@ -23,7 +23,7 @@ class SlicedWindowMSA(WindowMSA):
         if mask is not None:
             bias = (bias + mask.to(bias).unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, bias, drop, scale=self.scale)
+        x = attend(q, k, v, self.scale, bias, drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -50,7 +50,7 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )  # [B, heads, tokens, size]
         drop = self.dropout if self.training else 0.0
-        x = attend(q, k, v, dropout=drop, scale=self.scale)
+        x = attend(q, k, v, self.scale, dropout=drop)
         return self.out_proj(x.permute(2, 0, 1, 3).flatten(2)), None
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers.attention import Attention as VitAttention
 from timm.models.pvt_v2 import Attention as PvtV2Attention
@@ -45,7 +46,7 @@ class Forward:
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, N, heads * size] -> [B, heads, N, size]."""
-    return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
+    return torch.unflatten(x, -1, [num_heads, -1]).transpose(1, 2)
 
 
 def split_qkv(qkv: Tensor, num_heads: int, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,25 +60,34 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     mask: Tensor | None = None,
     dropout: float = 0.0,
     is_causal: bool = False,
-    *,
-    scale: float,
 ) -> Tensor:
     """Fused attention of q, k of [B, heads, N, qk] and v of [B, heads, N, v] -> [B, heads, N, v].
 
     On CPU torch's fused kernel takes q/k and v of one size only, and no mask that is trained; otherwise attention is
     separate products, at about twice the time. So there the smaller are filled up with zeros, which add nothing.
+
+    TorchScript compiles it; torch.fx takes it as one call, since it looks at devices and sizes.
     """
-    size, trained = v.shape[-1], mask is not None and mask.requires_grad
-    # CPU has the same switch as CUDA; a compiler cannot read it.
-    fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+    size = v.shape[-1]
+    trained = mask is not None and mask.requires_grad
+    fused = True
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # CPU has the same switch as CUDA; no compiler can read it
+        fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
     if q.device.type == "cpu" and fused and not trained and q.shape[-1] != size:
-        common = max(q.shape[-1], size)
-        q, k, v = (F.pad(t, (0, common - t.shape[-1])) for t in (q, k, v))
+        missing = size - q.shape[-1]
+        if missing > 0:
+            q, k = F.pad(q, [0, missing]), F.pad(k, [0, missing])
+        else:
+            v = F.pad(v, [0, -missing])
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
     return out[..., :size]
+
+
+torch.fx.wrap("attend")
 
 
 class SlicedVitAttention(VitAttention):
@@ -90,7 +100,7 @@ class SlicedVitAttention(VitAttention):
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(self.q_norm(q), self.k_norm(k), v, attn_mask, drop, is_causal, scale=self.scale)
+        x = attend(self.q_norm(q), self.k_norm(k), v, self.scale, attn_mask, drop, is_causal)
         x = self.norm(x.transpose(1, 2).flatten(2))
         if gate is not None:
             x = x * gate
@@ -109,7 +119,7 @@ class SlicedSwinAttention(SwinAttention):
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(q, k, v, bias, drop, scale=self.scale)
+        x = attend(q, k, v, self.scale, bias, drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -132,7 +142,7 @@ class SlicedSwinV2Attention(SwinV2Attention):
         if mask is not None:
             position_bias = (position_bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(q, F.normalize(k, dim=-1), v, position_bias, drop, scale=1.0)
+        x = attend(q, F.normalize(k, dim=-1), v, 1.0, position_bias, drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -145,14 +155,14 @@ class SlicedPvtV2Attention(PvtV2Attention):
             return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         q = _heads(self.q(x), self.num_heads)
         if self.sr is not None:
-            x = x.transpose(1, 2).reshape(x.shape[0], -1, *feat_size)
+            x = x.transpose(1, 2).unflatten(-1, feat_size)
             x = self.sr(x if self.pool is None else self.pool(x)).flatten(2).transpose(1, 2)
             x = self.norm(x)
             x = x if self.act is None else self.act(x)
         kv = self.kv(x)
-        k, v = kv.split((kv.shape[-1] - self.proj.in_features, self.proj.in_features), dim=-1)
+        k, v = torch.split(kv, [kv.shape[-1] - self.proj.in_features, self.proj.in_features], dim=-1)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(q, _heads(k, self.num_heads), _heads(v, self.num_heads), dropout=drop, scale=self.scale)
+        x = attend(q, _heads(k, self.num_heads), _heads(v, self.num_heads), self.scale, dropout=drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,7 @@ def test_attention_of_unequal_sizes_is_exact(sizes):
     q, k, w = (torch.randn(2, 3, 17, size, dtype=torch.float64, requires_grad=True) for size in (qk, qk, v))
     for mask in (None, torch.randn(1, 3, 17, 17, dtype=torch.float64)):
         expected = (q @ k.transpose(-2, -1) * 0.3 + (0 if mask is None else mask)).softmax(-1) @ w
-        seen = attend(q, k, w, mask, scale=0.3)
+        seen = attend(q, k, w, 0.3, mask)
         torch.testing.assert_close(seen, expected)
         weight = torch.randn_like(expected)
         ours, theirs = (torch.autograd.grad((out * weight).sum(), (q, k, w)) for out in (seen, expected))
