@@ -218,6 +218,7 @@ def search(
         for known in first:
             if known not in [*(t.params for t in finished), *waiting]:
                 study.enqueue_trial(known)
+                waiting.append(known)
         left = trials - len(finished)
         if left > 0:
             # The callback counts the trials of all processes that share the storage.
