@@ -33,7 +33,7 @@ MODELS = {
     "ViT-L": ("vit_large_patch16_224", {}),
     "DINOv2-g": ("vit_giant_patch14_dinov2", {"img_size": 224, "num_classes": 1000}),
 }
-SHARE, BATCH = 0.4, 16
+SHARE = 0.4
 OWN = ("space", "moments", "align", "score", "allocate", "slice and repair")
 OTHERS = ("graph", "gradients", "prune")
 
@@ -53,6 +53,7 @@ class Stages:
         peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         self.found[name] = (seconds, peak / 2**20)
         click.echo(f"{name}: {seconds:.1f} s, {peak / 2**20:.1f} GiB", err=True)
+        click.echo(json.dumps({"stages": self.found}))  # what is known if the next one does not end
         return result
 
 
@@ -72,11 +73,14 @@ def passes(stages: Stages, model: nn.Module, batches: list[tuple[Tensor, Tensor]
     stages.run("forward and backward", backward)
 
 
-def ours(stages: Stages, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    space = stages.run("space", lambda: space_for(model))
-    moments = stages.run("moments", lambda: measure_moments(model, batches, space=space))
-    aligned, moments = stages.run("align", lambda: align(model, moments))
-    scores = stages.run("score", lambda: importance.taylor(aligned, batches, group=BATCH, space=moments.space))
+def ours(stages: Stages, models: list[nn.Module], batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """The dense model, alone in its list, is let go once its aligned copy is there."""
+    space = stages.run("space", lambda: space_for(models[0]))
+    moments = stages.run("moments", lambda: measure_moments(models[0], batches, space=space))
+    aligned, moments = stages.run("align", lambda: align(models[0], moments))
+    models.clear()
+    group = len(batches[0][1])
+    scores = stages.run("score", lambda: importance.taylor(aligned, batches, group=group, space=moments.space))
     plan = stages.run("allocate", lambda: allocate(scores, Budget(params=SHARE)))
     small: nn.Module = stages.run("slice and repair", lambda: compensate(aligned, plan, moments))
     return small
@@ -109,56 +113,61 @@ def torch_pruning(stages: Stages, model: Any, batches: list[tuple[Tensor, Tensor
     stages.run("prune", pruner.step)
 
 
-def one(name: str, images: int, method: str) -> dict[str, Any]:
+def one(name: str, images: int, batch: int, method: str) -> dict[str, Any]:
     """All stages of one method on one model, in this process."""
     torch.manual_seed(0)
     timm_name, args = MODELS[name]
-    model = create_model(timm_name, args).eval()
+    models = [create_model(timm_name, args).eval()]
     batches = [
-        (torch.randn(min(BATCH, images - i), 3, 224, 224), torch.arange(min(BATCH, images - i)) % 1000)
-        for i in range(0, images, BATCH)
+        (torch.randn(min(batch, images - i), 3, 224, 224), torch.arange(min(batch, images - i)) % 1000)
+        for i in range(0, images, batch)
     ]
     stages = Stages()
-    dense = sum(p.numel() for p in model.parameters())
-    passes(stages, model, batches)
+    dense = sum(p.numel() for p in models[0].parameters())
+    passes(stages, models[0], batches)
     if method == "SiDT":
-        small = ours(stages, model, batches)
+        small = ours(stages, models, batches)
         return {"stages": stages.found, "params": dense, "left": sum(p.numel() for p in small.parameters())}
     try:
-        torch_pruning(stages, model, batches)
+        torch_pruning(stages, models[0], batches)
     except Exception as error:  # whatever a rival raises is its result
         return {"stages": stages.found, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-    return {"stages": stages.found, "params": dense, "left": sum(p.numel() for p in model.parameters())}
+    return {"stages": stages.found, "params": dense, "left": sum(p.numel() for p in models[0].parameters())}
 
 
 @click.command()
 @click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--images", default=32, show_default=True)
+@click.option("--batch", default=16, show_default=True)
 @click.option("--methods", default="SiDT,Torch-Pruning", show_default=True)
+@click.option("--note", help="What else the machine was doing.")
 @click.option("--only", help="Internal: MODEL/METHOD, in this process, as JSON.")
 @click.option("--out", default=str(HERE / "results" / "scale"), type=click.Path(path_type=Path))
-def main(models: str, images: int, methods: str, only: str | None, out: Path) -> None:
+def main(models: str, images: int, batch: int, methods: str, note: str | None, only: str | None, out: Path) -> None:
     """Run every model with every method, then write the results."""
     if only is not None:
-        click.echo(json.dumps(one(*only.split("/")[:1], images, only.split("/")[1])))
+        name, method = only.split("/")
+        click.echo(json.dumps(one(name, images, batch, method)))
         return
-    where, found = environment(), {}
+    where, found = environment() | ({"note": note} if note else {}), {}
     for name in models.split(","):
         for method in methods.split(","):
             click.echo(f"{name}, {method}")
-            command = [sys.executable, "-W", "ignore", __file__, "--only", f"{name}/{method}", "--images", str(images)]
+            command = [sys.executable, "-W", "ignore", __file__, "--only", f"{name}/{method}"]
+            command += ["--images", str(images), "--batch", str(batch)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             lines = done.stdout.strip().splitlines()
-            failed = {"stages": {}, "failed": f"killed with code {done.returncode}, out of memory?"}
-            found[f"{name}/{method}"] = json.loads(lines[-1]) if not done.returncode and lines else failed
+            found[f"{name}/{method}"] = json.loads(lines[-1]) if lines else {"stages": {}}
+            if done.returncode:
+                found[f"{name}/{method}"]["failed"] = f"ended with code {done.returncode}, out of memory?"
     text = "\n\n".join(_table(found, models.split(","), method) for method in methods.split(","))
-    write_results(out, "Scale: time and memory of every stage", where, f"{_about(images)}\n\n{text}", found)
+    write_results(out, "Scale: time and memory of every stage", where, f"{_about(images, batch)}\n\n{text}", found)
     click.echo(text)
 
 
-def _about(images: int) -> str:
+def _about(images: int, batch: int) -> str:
     return (
-        f"Random weights, {images} random images of 224 x 224, batches of {BATCH}, {SHARE:.0%} of the parameters left. "
+        f"Random weights, {images} random images of 224 x 224, batches of {batch}, {SHARE:.0%} of the parameters left. "
         f"Each cell: seconds, and the peak memory of the process in GiB, the model and the images included. 'All but "
         f"the passes': the stages' sum without one forward (moments) and one forward and backward (score)."
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isclose
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from sidt.importance.scores import Importance
 
 # Where a search starts, by the plain ranking and with less width; it goes from the least that can be reached to 1.
 _SHARES, _NARROWER = (0.6, 0.4, 0.25, 0.15, 0.1, 0.05), -0.5
+_SAME = 1e-3
 _APART = 1.05  # corners nearer than this ratio are one
 
 
@@ -75,9 +77,12 @@ def place_on_curve(budget: Budget, costs: PlanCosts, latencies: LayerLatencies |
 def reachable(
     importance: Importance, kind: str, limit: float, rules: Rules, latencies: LayerLatencies | None
 ) -> list[float]:
-    """The parts of the dense model's cost that a Pareto search starts with, the least one that can be met last."""
+    """The parts of the dense model's cost that a Pareto search starts with, the least one that can be met last.
+
+    The limit stands for one that is next to it: a bound is whole parameters, and what one more is worth is nothing.
+    """
     found = []
-    for share in _SHARES:
+    for share in (limit if isclose(known, limit, rel_tol=_SAME) else known for known in _SHARES):
         try:
             allocate(importance, Budget(**{kind: share}), **asdict(rules), latencies=latencies)
         except InputError:

@@ -65,7 +65,7 @@ def align(model: Model, moments: Moments) -> tuple[Model, Moments]:
                 _align_qk(aligned, qk, moments)
             if v is not None:
                 changed |= _align_v(aligned, v, moments)
-    return aligned, moments.replaced(changed)
+    return aligned, moments.replaced(changed.items())
 
 
 def _rotate(model: nn.Module, moments: Moments) -> Moments:
@@ -76,16 +76,15 @@ def _rotate(model: nn.Module, moments: Moments) -> Moments:
         return moments
     fold_norms(model, space)
     for width, stream in widths.items():
-        inputs = {norm: given_to(model, moments, stream, norm, readers[0]) for norm, readers in stream.norms.items()}
+        inputs = ((norm, given_to(model, moments, stream, norm, readers[0])) for norm, readers in stream.norms.items())
         matrix = basis(model, space, width, inputs)
         rotate(model, space, width, matrix)
         behind = {weight for readers in stream.norms.values() for weight in readers}
-        turn = {
-            (name, row): _turned(moment, columns_of(space, stream, name), width, space, matrix)
-            for (name, row), moment in moments.inputs.items()
-            if name in behind
-        }
-        moments = moments.replaced(turn)
+        moments = moments.replaced(
+            (rows, _turned(moments.read_by(*rows), columns_of(space, stream, rows[0]), width, space, matrix))
+            for rows in moments.inputs
+            if rows[0] in behind
+        )
     model.sidt_rotated = tuple(widths)  # type: ignore[assignment]
     return replace(moments, space=space.ordered(widths))
 

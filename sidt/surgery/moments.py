@@ -24,6 +24,7 @@ from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.heads import with_head
 from sidt.surgery.rotation import fold_norms, rotatable, taps_of
 from sidt.surgery.slicing import explicit
+from sidt.surgery.symmetric import Strips, gram, mirrored, strips_of, upper, whole
 
 Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
 Rows = tuple[str, int]  # a weight, and the first of its rows that read one input
@@ -40,16 +41,16 @@ class Moments:
 
     Attributes:
         space: the model's space.
-        inputs: for each weight and the first row that reads it: float64 [in + 1, in + 1] on the CPU, the mean of
-            ``x x^T`` over all positions of all images, where x ends with the constant 1. For a convolution behind a
-            norm on a width that can be rotated, x has one unit more: 1 inside the map, 0 where it is padded.
+        inputs: for each weight and the first row that reads it, in strips: float64 [in + 1, in + 1] on the CPU, the
+            mean of ``x x^T`` over all positions of all images, where x ends with the constant 1. For a convolution
+            behind a norm on a width that can be rotated, x has one unit more: 1 inside the map, 0 where it is padded.
     """
 
     space: DimensionSpace
-    inputs: Mapping[Rows, Tensor]
+    inputs: Mapping[Rows, Strips]
 
     def read_by(self, weight: str, row: int = 0) -> Tensor:
-        """The moments of what a row of a weight reads.
+        """The moments of what a row of a weight reads; they are not to be changed.
 
         Raises:
             InputError: the layer was not run by the forward that the moments were measured with.
@@ -57,11 +58,11 @@ class Moments:
         first = max((start for name, start in self.inputs if name == weight and start <= row), default=None)
         if first is None:
             raise InputError(f"no calibration image went through {weight}; measure the moments with another forward")
-        return self.inputs[weight, first]
+        return whole(self.inputs[weight, first])
 
-    def replaced(self, inputs: Mapping[Rows, Tensor]) -> "Moments":
+    def replaced(self, inputs: Iterable[tuple[Rows, Tensor]]) -> "Moments":
         """The same with some of the inputs replaced."""
-        return replace(self, inputs={**self.inputs, **inputs})
+        return replace(self, inputs={**self.inputs, **{rows: strips_of(moment) for rows, moment in inputs}})
 
     def save(self, path: str | Path, made_of: Any) -> None:
         """Write the moments as safetensors, in one step: of each matrix, which is symmetric, the upper triangle.
@@ -70,9 +71,9 @@ class Moments:
             path: the file.
             made_of: JSON values that say what they were measured on; see :func:`load_moments`.
         """
-        upper = {f"{name} {row}": _upper(moment) for (name, row), moment in self.inputs.items()}
+        triangles = {f"{name} {row}": upper(whole(strips)) for (name, row), strips in self.inputs.items()}
         with replacing(Path(path)) as temporary:
-            temporary.write_bytes(dump_tensors(upper, metadata={_MADE_OF: dumps(made_of)}))
+            temporary.write_bytes(dump_tensors(triangles, metadata={_MADE_OF: dumps(made_of)}))
 
 
 _MADE_OF = "made_of"
@@ -91,22 +92,11 @@ def load_moments(path: str | Path, space: DimensionSpace, made_of: Any) -> Momen
             if (file.metadata() or {}).get(_MADE_OF) != dumps(made_of):
                 return None
             keys = [key.rpartition(" ") for key in file.keys()]  # noqa: SIM118 - the file is no mapping
-            read = {(name, int(row)): _mirrored(file.get_tensor(f"{name} {row}")) for name, _, row in keys}
+            read = {(n, int(row)): strips_of(mirrored(file.get_tensor(f"{n} {row}"))) for n, _, row in keys}
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read the moments {path}: {reason}; delete it to measure them again") from None
     return Moments(space, read)
-
-
-def _upper(moment: Tensor) -> Tensor:
-    return moment[torch.ones_like(moment, dtype=torch.bool).triu()]
-
-
-def _mirrored(upper: Tensor) -> Tensor:
-    side = int(((8 * len(upper) + 1) ** 0.5 - 1) / 2)
-    moment = upper.new_zeros(side, side)
-    moment[torch.ones_like(moment, dtype=torch.bool).triu()] = upper
-    return moment + moment.triu(1).T
 
 
 def measure_moments(
@@ -122,7 +112,8 @@ def measure_moments(
     Of what a norm on such a width gives, scale and shift are left out: :func:`sidt.align` folds them into its readers.
     A timm model whose features go out is given a head first, as :func:`sidt.align` does.
 
-    Memory is one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there are.
+    Memory is half to all of one float64 matrix of (inputs + 1)^2 for each of these layers, however many images there
+    are.
 
     Args:
         model: the dense model; it is run in eval mode and not changed.
@@ -140,7 +131,7 @@ def measure_moments(
     for stream in rotatable(space).values():
         taps |= {r: taps_of(space, stream, r) for readers in stream.norms.values() for r in readers}
     wanted |= set(taps)
-    totals: dict[Rows, Tensor] = {}
+    totals: dict[Rows, Strips] = {}
     counts: dict[Rows, int] = {}
     twin, seen = explicit(model, space), 0
     fold_norms(twin, space)
@@ -152,8 +143,8 @@ def measure_moments(
             units = x.unflatten(1, (-1, count))
             x = torch.cat([units, units.any(1, keepdim=True)], 1).flatten(1)
         x = _with_one(x)
-        moment = _gram(x).double().cpu()
-        totals[rows] = totals[rows].add_(moment) if rows in totals else moment
+        strips = tuple(strip.double().cpu() for strip in gram(x))
+        totals[rows] = tuple(map(Tensor.add_, totals[rows], strips)) if rows in totals else strips
         counts[rows] = counts.get(rows, 0) + len(x)
 
     with torch.no_grad(), watching(twin, wanted, add):
@@ -162,9 +153,10 @@ def measure_moments(
             seen += 1
     if not seen:
         raise InputError("the moments got no batch; give at least one image")
-    if bad := next((name for (name, _), total in totals.items() if not total.diagonal().isfinite().all()), None):
+    finite = ((name, strip.diagonal().isfinite().all()) for (name, _), total in totals.items() for strip in total)
+    if bad := next((name for name, is_finite in finite if not is_finite), None):
         raise InputError(f"what {bad} reads is not finite; check the model's weights and the images")
-    return Moments(space, {rows: total.div_(counts[rows]) for rows, total in totals.items()})
+    return Moments(space, {rows: tuple(strip.div_(counts[rows]) for strip in t) for rows, t in totals.items()})
 
 
 def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
@@ -172,22 +164,6 @@ def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
         return False
     kinds = [{space.dimensions[n].kind for n in names(axis)} for axis in axes[:2]]
     return "qk" in kinds[0] or bool(kinds[1] & {"v", "mlp"})
-
-
-_STRIPS, _WIDE = 4, 2048
-
-
-def _gram(x: Tensor) -> Tensor:
-    """``x^T x``; of many columns in strips, which the symmetry saves three eighths of."""
-    size = x.shape[1]
-    if size < _WIDE:
-        return x.T @ x
-    result, step = x.new_empty(size, size), -(-size // _STRIPS)
-    for start in range(0, size, step):
-        strip = slice(start, start + step)
-        result[strip, start:] = x[:, strip].T @ x[:, start:]
-        result[start + step :, strip] = result[strip, start + step :].T
-    return result
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from the k-th on add is the same in all, which the norm of the sliced model take
 exactly the first k - 1 directions**, cut by an index like any other unit, and one unit is the price of the mean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def _fold(model: nn.Module, name: str, readers: Mapping[str, int], fold_shift: b
     scale.fill_(1)
 
 
-def basis(model: nn.Module, space: DimensionSpace, width: str, inputs: Mapping[str, Tensor]) -> Tensor:
+def basis(model: nn.Module, space: DimensionSpace, width: str, inputs: Iterable[tuple[str, Tensor]]) -> Tensor:
     """The orthogonal matrix [C, C] whose rows are the new units of a width.
 
     Args:
@@ -95,8 +95,8 @@ def basis(model: nn.Module, space: DimensionSpace, width: str, inputs: Mapping[s
     """
     stream, size = rotatable(space)[width], space.sizes[width]
     mean = torch.zeros(size, size, dtype=torch.float64)
-    for norm, moment in inputs.items():
-        mean += _blocks(moment, units_of(space, stream, norm), width, space.sizes) / len(inputs)
+    for norm, moment in inputs:
+        mean += _blocks(moment, units_of(space, stream, norm), width, space.sizes) / len(stream.norms)
     centred = any(takes_mean(model.get_submodule(norm), norm_size(space, stream, norm)) for norm in stream.norms)
     if not centred:
         return _sorted(mean).T.contiguous()

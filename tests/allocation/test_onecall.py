@@ -105,7 +105,7 @@ def test_bad_input(pairs):
 
 
 def test_scores_without_labels_are_those_of_the_fisher_information(pairs):
-    """Of a linear softmax model the Fisher information has a closed form: E[(w . x)^2 p (1 - p)] of a unit of logits."""
+    """What is drawn has the mean over all answers, each by its probability, as its expectation."""
     model = small_vit()
     images = torch.cat([x for x, _ in pairs])
     many = [(images.repeat(40, 1, 1, 1), torch.zeros(48 * 40))]

@@ -140,6 +140,14 @@ def test_a_curve_serves_every_budget(tmp_path):
     assert searches[1].plain_value == hidden(1)(slice_model(model, searches[1].plain)).mean()
 
 
+def test_a_curve_starts_with_no_trial_twice():
+    """Also where the budget is one of the shares that every curve starts with."""
+    model, found = scores()
+    study = search(model, found, Budget(params=0.4), hidden(1), trials=4, pareto=True, progress=False).study
+    seen = [{k: round(v, 3) for k, v in trial.params.items()} for trial in study.trials]
+    assert all(seen.count(params) == 1 for params in seen)
+
+
 def test_a_curve_goes_along_one_bound(refused):
     model, space = dense(VIT_TINY)
     with refused("several bounds", "give one"):

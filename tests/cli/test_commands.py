@@ -17,7 +17,8 @@ def test_the_steps_leave_a_whole_run_folder(finished):
     names = {p.name for p in finished.iterdir()}
     assert names >= {
         "config.yaml", "config.json", "plan.json", "model.safetensors", "scores.safetensors", "study.db",
-        "search", "evaluation.json", "report.md", "report.html", "answers.json", "kept.png", "search.png", "dense", "base", "sliced",
+        "search", "evaluation.json", "report.md", "report.html", "answers.json", "kept.png", "search.png",
+        "dense", "base", "sliced",
     }  # fmt: skip
     assert not [n for n in names if n.startswith(".")]
     for picture in ("kept.png", "search.png"):

@@ -6,6 +6,7 @@ from backbones import BACKBONES
 from torch.testing import assert_close
 
 from sidt.surgery.moments import load_moments, measure_moments
+from sidt.surgery.symmetric import gram, strips_of, whole
 
 VIT = BACKBONES[0]
 
@@ -19,10 +20,11 @@ def test_saved_moments_come_back(moments, tmp_path):
     moments.save(tmp_path / "moments.safetensors", {"images": 4})
     again = load_moments(tmp_path / "moments.safetensors", moments.space, {"images": 4})
     assert again is not None and again.inputs.keys() == moments.inputs.keys()
-    for rows, moment in moments.inputs.items():
-        assert torch.equal(again.inputs[rows].triu(), moment.triu())
-        assert_close(again.inputs[rows], moment, rtol=1e-5, atol=1e-6 * float(moment.abs().max()))
-    entries = sum(moment.numel() for moment in moments.inputs.values())
+    for rows in moments.inputs:
+        found, moment = again.read_by(*rows), moments.read_by(*rows)
+        assert torch.equal(found.triu(), moment.triu())
+        assert_close(found, moment, rtol=1e-5, atol=1e-6 * float(moment.abs().max()))
+    entries = sum(moments.read_by(*rows).numel() for rows in moments.inputs)
     assert (tmp_path / "moments.safetensors").stat().st_size < 8 * entries * 0.6, "half of a symmetric matrix is enough"
 
 
@@ -39,3 +41,13 @@ def test_a_damaged_file_is_named(moments, tmp_path, refused):
     path.write_bytes(path.read_bytes()[:-100])
     with refused("moments.safetensors", "delete it"):
         load_moments(path, moments.space, 1)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1027])
+def test_strips_are_the_matrix(size):
+    x = torch.randn(3, size, dtype=torch.float64)
+    strips = gram(x)
+    assert_close(whole(strips), x.T @ x)
+    assert all(map(torch.equal, strips_of(whole(strips)), strips))
+    if size >= 1024:
+        assert sum(strip.numel() for strip in strips) < 0.57 * size**2
