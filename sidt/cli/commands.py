@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidt.cli.detect import detect, detection, names_a_detector
-from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, together
+from sidt.cli.options import DEVICE, OUT, SET, SOURCE, TRIALS, budgeted, image_size, together
 from sidt.cli.share import push
+from sidt.cli.shrink import shrink
 from sidt.errors import InputError
 
 if TYPE_CHECKING:
     from sidt.runs.folder import Run
-
-_SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,9 +25,10 @@ def cli() -> None:
 
 cli.add_command(detect)
 cli.add_command(push)
+cli.add_command(shrink)
 
 
-_STEP = together(SOURCE, OUT, _SET, DEVICE)  # the arguments that every step of a run has
+_STEP = together(SOURCE, OUT, SET, DEVICE)  # the arguments that every step of a run has
 
 
 def _open(
@@ -57,8 +51,10 @@ def _open(
 def _do(step: Callable[["Run"], str], run: "Run") -> None:
     """Do one step, say what it did, and keep the config that it was done with."""
     from sidt.runs.folder import remember
+    from sidt.runs.images import naming_broken
 
-    click.echo(step(run))
+    with naming_broken(run):
+        click.echo(step(run))
     remember(run)
 
 
@@ -137,13 +133,16 @@ def finetune(teacher: bool, **arguments: Any) -> None:
 def run(**arguments: Any) -> None:
     """All steps: train, score, search, slice, finetune, evaluate, report."""
     from sidt.runs import pipeline
+    from sidt.runs.images import naming_broken
 
-    pipeline.run_all(_open(**arguments), click.echo)
+    opened = _open(**arguments)
+    with naming_broken(opened):
+        pipeline.run_all(opened, click.echo)
 
 
 @cli.command()
 @OUT
-@_SET
+@SET
 @DEVICE
 def demo(**arguments: Any) -> None:
     """The whole way on handwritten digits, with nothing to download: to a fiftieth of the parameters."""

@@ -20,6 +20,13 @@ def together(*options: Decorator) -> Decorator:
 SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
 DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
+)
 TRIALS = together(
     click.option("--trials", type=int, help="Finished trials in all."),
     click.option("--timeout", type=float, help="Seconds after which no new trial starts."),

@@ -21,6 +21,7 @@ from sidt.space.families import wrapped_in
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
+from sidt.training.preparation import PREPARATION
 
 _FORMAT = "sidt-checkpoint-1"
 FILES = ("config.json", "plan.json", "model.safetensors")
@@ -70,6 +71,8 @@ def save(
     config: dict[str, Any] = {"format": _FORMAT, "model": name, "args": args}
     if rotated:
         config["rotated"] = list(rotated)
+    if preparation := _preparation(model, rebuilt):
+        config["preprocessing"] = preparation
     folder = Path(folder)
     with (
         replacing(folder / "config.json") as config_file,
@@ -96,6 +99,12 @@ def _rebuilt(
         return dense, DimensionPlan(space, {})
     plan = DimensionPlan(space, plan.keep)
     return slice_model(dense, plan), plan
+
+
+def _preparation(model: nn.Module, rebuilt: nn.Module) -> dict[str, Any]:
+    """How the model's images are prepared (``timm.data.resolve_model_data_config``), where timm would not know it."""
+    own, usual = (getattr(m, "pretrained_cfg", None) or {} for m in (model, rebuilt))
+    return {key: own[key] for key in PREPARATION if key in own and own[key] != usual.get(key)}
 
 
 def _as_json(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,11 +140,18 @@ def load(source: str | Path) -> nn.Module:
     model = create_model(str(config.get("model")), config["args"])
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
+    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))
     if plan.sizes != plan.space.sizes:
         model = slice_model(model, plan)
     load_weights(model, folder / "model.safetensors")
     return model.eval()
+
+
+def _tuples(values: Any) -> dict[str, Any]:
+    """Preprocessing as timm has it."""
+    known = values if isinstance(values, dict) else {}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in known.items() if key in PREPARATION}
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from sidt.errors import InputError
 from sidt.files import dump_compact, read_json, write_text
 from sidt.runs.folder import Run, existing
+from sidt.runs.report import quality
 
 ANSWERS = "answers.json"
 
@@ -60,7 +61,7 @@ def load_answers(run: Run, rows: dict[str, Any]) -> Answers:
     if len(shapes) != 1 or answers.labels.ndim != 1 or least < 0 or top >= len(answers.classes):
         raise InputError(f"{path} is damaged; {again}")
     if {name: float((answered == answers.labels).mean()) for name, answered in of.items()} != {
-        name: row["top1"] for name, row in rows.items()
+        name: quality(row)[1] for name, row in rows.items()
     }:
         raise InputError(f"{path} and evaluation.json are of two evaluations; {again}")
     return answers

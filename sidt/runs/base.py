@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from sidt.allocation.greedy import Rules
 from sidt.allocation.steps import Slicer, steps_for
@@ -19,11 +20,14 @@ from sidt.files import read_json
 from sidt.importance import criteria
 from sidt.importance.gates import learn_gates
 from sidt.importance.scores import Importance
+from sidt.importance.unlabelled import own_outputs
 from sidt.runs.config import RunConfig
-from sidt.runs.folder import Run, searched_plan
+from sidt.runs.folder import Run, dense_model, searched_plan
 from sidt.runs.images import data_of, sample
+from sidt.runs.models import space_of
+from sidt.runs.quality import gives_features, is_blind
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import DimensionSpace, space_for
+from sidt.space.space import DimensionSpace
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, load_moments, measure_moments
@@ -36,9 +40,9 @@ LATENCY, MOMENTS, STEPS = "latency", "base/moments.safetensors", "base/steps.jso
 
 def scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments | None]:
     """A model aligned, if it is to be repaired, its scores, and what its repair stands on."""
-    config, space, moments = run.config.score, space_for(model), None
+    config, space, moments = run.config.score, space_of(run.config, model), None
     if run.config.repair:
-        model, moments = align(model, _measured(run, model))
+        model, moments = align(model, _measured(run, model, space))
         space = moments.space
     if config.method == "gates":
         found = _gate_scores(run, model, space)
@@ -49,7 +53,9 @@ def scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments |
         arguments: tuple[Any, ...] = (model,)
         if config.method not in ("random", "magnitude"):
             images = sample(data_of(run.config.data).calibration, config.images)
-            arguments = (model.to(run.device), make_loader(images, 64))
+            arguments = (model.to(run.device), tqdm(make_loader(images, 64), desc="scores"))
+        if config.method in ("taylor", "fisher") and is_blind(run, dense := dense_model(run)):
+            options.setdefault("loss", own_outputs(features=gives_features(dense), seed=run.config.seed))
         criterion: Callable[..., Importance] = getattr(criteria, config.method)
         try:
             found = criterion(*arguments, space=space, **options)
@@ -63,6 +69,8 @@ def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importanc
     config = run.config.score
     if config.options:
         raise InputError(f"score.options {config.options} has no meaning for gates; set score.gates instead")
+    if is_blind(run, dense_model(run)):
+        raise InputError("gates are learned from labels, and there are none; set score.method to taylor")
     gates = config.gates
     if gates.device == "auto":
         gates = gates.model_copy(update={"device": run.device})
@@ -72,9 +80,9 @@ def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importanc
     return learn_gates(model, images, gates, space=space, folder=own).importance
 
 
-def _measured(run: Run, model: nn.Module) -> Moments:
+def _measured(run: Run, model: nn.Module, space: DimensionSpace) -> Moments:
     images = sample(data_of(run.config.data).calibration, run.config.score.images)
-    return measure_moments(model.to(run.device), make_loader(images, 64))
+    return measure_moments(model.to(run.device), tqdm(make_loader(images, 64), desc="moments"), space=space)
 
 
 def origin_of(run: Run, base: nn.Module) -> dict[str, Any]:
@@ -91,9 +99,10 @@ def moments_of(run: Run, base: nn.Module) -> Moments | None:
     if not run.config.repair:
         return None
     made_of = origin_of(run, base)
-    found = load_moments(run.folder / MOMENTS, space_for(base), made_of)
+    space = space_of(run.config, base)
+    found = load_moments(run.folder / MOMENTS, space, made_of)
     if found is None:
-        found = _measured(run, base)
+        found = _measured(run, base, space)
         found.save(run.folder / MOMENTS, made_of)
     return found
 
@@ -152,5 +161,5 @@ def on_base(run: Run, base: nn.Module) -> DimensionPlan:
     """The searched plan, on the base."""
     earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
     if earlier is None:
-        return searched_plan(run, space_for(base))
-    return searched_plan(run, earlier.space).after(earlier, space_for(base))
+        return searched_plan(run, space_of(run.config, base))
+    return searched_plan(run, earlier.space).after(earlier, space_of(run.config, base))

@@ -169,7 +169,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise InputError(f"the config {path} must be a mapping with the keys {', '.join(RunConfig.model_fields)}")
     for text in overrides:
-        _override(tree, text)
+        override(tree, text)
     return parse(RunConfig, tree, str(path))
 
 
@@ -197,7 +197,8 @@ def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def override(tree: dict[str, Any], text: str) -> None:
+    """Set a value of a config from a text ``key.subkey=value``, whose value is read as YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise InputError(f"cannot read the override {text!r}; write key=value, for example search.trials=100")

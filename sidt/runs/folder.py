@@ -9,6 +9,7 @@ from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.files import write_text
 from sidt.runs.config import RunConfig, dump_config, read_config
+from sidt.runs.models import prepared
 from sidt.runs.provenance import Chain, Step
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import DimensionSpace
@@ -64,11 +65,20 @@ def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] =
         folder, config = out or Path("runs") / source.stem, read_config(source, overrides)
     else:
         raise InputError(f"{source} is neither a config file nor a run folder")
-    resolve_device(config.device)
-    run = Run(folder, config)
-    if source.is_file():
-        remember(run)
+    return started(folder, config) if source.is_file() else Run(folder, checked(config))
+
+
+def started(folder: Path, config: RunConfig) -> Run:
+    """A new run: its folder, with the config, which says how images are prepared."""
+    run = Run(folder, prepared(checked(config)))
+    remember(run)
     return run
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """The config, whose device is there."""
+    resolve_device(config.device)
+    return config
 
 
 def remember(run: Run) -> None:

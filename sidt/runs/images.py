@@ -1,20 +1,43 @@
 """The images of a run: what calibrates, what trials are judged on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
+from sidt.errors import InputError
 from sidt.runs.folder import Run
-from sidt.training.data import Splits, load_data
+from sidt.training.data import Splits, broken_images, load_data
 from sidt.training.preparation import DataConfig
+from sidt.training.sources import DataError
 
 
 @lru_cache(maxsize=1)
 def data_of(config: DataConfig) -> Splits:
     """The data, read once for all steps of a process."""
     return load_data(config)
+
+
+@contextmanager
+def naming_broken(run: Run) -> Iterator[None]:
+    """Where an image of a run cannot be decoded, look for all that cannot.
+
+    Raises:
+        InputError: with the names of all of them.
+    """
+    try:
+        yield
+    except DataError as error:
+        names = broken_images(data_of(run.config.data))
+        if not names:  # the disk, say, and not the image
+            raise
+        raise InputError(
+            f"{len(names)} images cannot be decoded: {', '.join(names)}; remove or replace them, or leave them out "
+            "with --set data.skip_broken=true (sidt shrink: --skip-broken)"
+        ) from error
 
 
 def held_out_images(run: Run) -> Dataset[Any]:

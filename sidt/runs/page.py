@@ -34,8 +34,9 @@ from sidt.runs.parts import (
     without_passwords,
     write,
 )
-from sidt.runs.report import percent
+from sidt.runs.report import percent, quality
 from sidt.space.plan import DimensionPlan
+from sidt.training.preparation import prepares
 
 _MOST = 12  # rows of a table of changes, and pictures
 _PACKAGES = ("sidt", "torch", "timm", "optuna", "plotly")
@@ -62,7 +63,8 @@ def write_page(
     Raises:
         InputError: the answers that ``evaluate`` leaves are missing or of another evaluation.
     """
-    answers, path = load_answers(run, rows), run.folder / "report.html"
+    answers = None if "neighbours" in rows["dense"] else load_answers(run, rows)
+    path = run.folder / "report.html"
     before, after = rows["dense"], list(rows.values())[-1]
     final = list(rows)[-1]
     sections = [
@@ -71,20 +73,20 @@ def write_page(
         _curve(found, front, judged_by) if front else section("", ""),
         section("What stays", "The sizes of the plan, of the dense ones.", kept(plan)),
         _search(run, found, judged_by),
-        _changes(run, answers, final),
+        section("", "") if answers is None else _changes(run, answers, final),
         section("Complexity", "", _complexity(plan)),
         section("How this page was made", "", made(_PACKAGES, run.device)),
     ]
     tiles = [
         cost_tile("Parameters", before["params"], after["params"]),
         cost_tile("MACs", before["macs"], after["macs"]),
-        _top1_tile(before, after),
+        _quality_tile(before, after),
         cost_tile("Latency of one image", before["latency_ms"], after["latency_ms"], "{:.2f} ms"),
     ]
-    share = after["params"] / before["params"]
+    share, (what, old), (_, new) = after["params"] / before["params"], quality(before), quality(after)
     lead = (
-        f"The {final} model has {share:.1%} of the parameters of the dense one; its top-1 accuracy on "
-        f"{after['images']:,} test images is {compared(before['top1'], after['top1'])}."
+        f"The {final} model has {share:.1%} of the parameters of the dense one; on {after['images']:,} test images its "
+        f"{what} is {compared(old, new)}."
     )
     write(path, f"{run.config.model.name} on {run.config.data.name}", lead, tiles, sections)
     return path
@@ -100,7 +102,7 @@ def _asked(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         ("Model", f"{config.model.name}({own})"),
         ("Weights", weights),
-        ("Data", f"{config.data.name}{where}, {config.data.image_size} pixels a side"),
+        ("Data", f"{config.data.name}{where}, {prepares(config.data)}"),
         ("Budget", f"{found['budget']}{taken}"),
         ("Importance", f"{config.score.method}, on {config.score.images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if config.repair else "none"),
@@ -119,7 +121,7 @@ def _results(rows: Mapping[str, Any]) -> Part:
     cells = [
         [
             name,
-            accuracy(row["top1"], row["error"]),
+            accuracy(quality(row)[1], row["error"]),
             row["images"],
             row["params"],
             row["macs"],
@@ -128,14 +130,16 @@ def _results(rows: Mapping[str, Any]) -> Part:
         ]
         for name, row in rows.items()
     ]
-    headers = ["model", "top-1", "test images", "params", "MACs", "latency, ms", "on"]
-    caption = "Top-1 with one standard error; latency is the median for one image."
+    what = quality(rows["dense"])[0]
+    headers = ["model", what, "test images", "params", "MACs", "latency, ms", "on"]
+    caption = f"{what.capitalize()} with one standard error; latency is the median for one image."
     return table(caption, headers, cells)
 
 
-def _top1_tile(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    says = f"{100 * (after['top1'] - before['top1']):+.2f} points, ± {100 * after['error']:.2f}"
-    return tile("Top-1 accuracy", percent(before["top1"]), percent(after["top1"]), says, after["top1"])
+def _quality_tile(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    (what, old), (_, new) = quality(before), quality(after)
+    says = f"{100 * (new - old):+.2f} points, ± {100 * after['error']:.2f}"
+    return tile(what.capitalize(), percent(old), percent(new), says, new)
 
 
 def _curve(found: Mapping[str, Any], front: Sequence[Point], judged_by: str) -> dict[str, Any]:

@@ -16,14 +16,13 @@ is no longer there (:mod:`sidt.runs.provenance`).
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
 
 from sidt.allocation.curve import Point, nearest
 from sidt.allocation.knobs import plan_at
@@ -36,8 +35,6 @@ from sidt.cost.complexity import measure, report, time_forward
 from sidt.cost.latency import LayerLatencies
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, save
-from sidt.export.models import create_model
-from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs import provenance
@@ -59,21 +56,29 @@ from sidt.runs.base import (
 )
 from sidt.runs.folder import CHAIN, EVALUATION, PLAN, SEARCH, Run, base_model, dense_model, existing, searched_plan
 from sidt.runs.images import data_of, held_out_images, sample
+from sidt.runs.models import build, has_weights, original_space, space_of
 from sidt.runs.page import write_page
+from sidt.runs.quality import (
+    evaluate_on,
+    gives_features,
+    is_blind,
+    judged_by,
+    objective_of,
+    says_of,
+)
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import space_for
 from sidt.surgery.compensation import refit_width
+from sidt.surgery.heads import with_classes
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
 from sidt.training.data import Splits
 from sidt.training.digest import weights_digest
-from sidt.training.distillation import distillation_loss
-from sidt.training.evaluation import answers, check_classes, correct, log_likelihood, top1
+from sidt.training.distillation import TeacherConfig, distillation_loss
+from sidt.training.evaluation import check_classes
 from sidt.training.loop import Loss, TrainConfig, fit
+from sidt.training.preparation import PREPARATION, prepared_for, prepares
 
-_JUDGED_BY = {"top1": "top-1", "loss": "log-likelihood"}
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
-_PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -83,20 +88,42 @@ def train(run: Run) -> str:
     """Train the dense model, or take it with the weights it comes with."""
     config, data = run.config, data_of(run.config.data)
     torch.manual_seed(config.seed)
-    model = create_model(config.model.name, config.model.args, pretrained=config.model.pretrained)
-    space_for(model)  # a model without a space is said now, not after training
-    if config.model.checkpoint is not None:
-        load_weights(model, config.model.checkpoint)
-    check_classes(model, len(data.classes))
+    model = build(config.model)
+    space_of(config, model)  # a model without a space, or for other images, is said now, not after training
+    model = _of_classes(model, data)
     if config.train is not None:
+        if gives_features(model) or not data.classes:
+            raise InputError(
+                "the dense model cannot be trained: "
+                + ("it has no head" if gives_features(model) else "the data have no labels")
+                + "; leave out train, and give it weights"
+            )
         _fit(run, model, data, config.train, "train")
-    elif not config.model.pretrained and config.model.checkpoint is None:
+    elif not has_weights(config.model):
         raise InputError(
             "the model has no weights: set train, model.checkpoint, or model.pretrained=true in the config"
         )
-    save(model.cpu(), run.folder / "dense", name=config.model.name, args=config.model.args)
-    accuracy = reporting.percent(top1(model, data.holdout, device=run.device))
-    return f"dense model: {accuracy} on held-out images -> {run.folder / 'dense'}"
+    _keep_preparation(run, model)
+    save(model.cpu(), run.folder / "dense")
+    good = "" if is_blind(run, model) else f": {says_of(run, model, data.holdout)} on held-out images"
+    return f"dense model{good} -> {run.folder / 'dense'}; {prepares(run.config.data)}"
+
+
+def _of_classes(model: nn.Module, data: Splits) -> nn.Module:
+    """The model with a head for the classes that were chosen, if some were and it has one for all."""
+    count = getattr(model, "num_classes", None)
+    if data.rows is not None and count == len(data.known):
+        model = with_classes(model, data.rows)
+    elif data.classes:
+        check_classes(model, len(data.classes))
+    return model
+
+
+def _keep_preparation(run: Run, model: Any) -> None:
+    """Note in the model how its images are prepared; checkpoints keep it."""
+    says = prepared_for(run.config.data)
+    own = {key: getattr(says, key) for key in PREPARATION}
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **own}
 
 
 def score(run: Run, say: Callable[[str], None] = print) -> str:
@@ -120,7 +147,7 @@ def score(run: Run, say: Callable[[str], None] = print) -> str:
     if steps > 1:  # before the base: of any base, what is left of the budget is the same
         write_json(run.folder / STEPS, {"steps": steps, "budget": str(budget), "left": asdict(limits)})
     found.save(run.folder / "scores.safetensors")
-    save(model.cpu(), run.folder / "base", name=run.config.model.name, args=run.config.model.args)
+    save(model.cpu(), run.folder / "base")
     if steps == 1:
         (run.folder / STEPS).unlink(missing_ok=True)
     provenance.record(run.folder, CHAIN, "score", made_of)
@@ -135,18 +162,13 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
     made_of = provenance.inputs(run.folder, CHAIN, "search")
     model, config = base_model(run), run.config.search
-    space = space_for(model)
+    space = space_of(run.config, model)
     scores = load_importance(existing(run, "scores.safetensors", "score"), space)
     held_out, budget = held_out_images(run), budget_left(run)
-    judge = correct if config.objective == "top1" else log_likelihood
-
-    def objective(images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
-        parts = [Subset(images, range(i, len(images), _PARTS)) for i in range(min(_PARTS, len(images)))]  # type: ignore[arg-type]
-        return lambda small: (judge(small, part, device=run.device) for part in parts)
-
-    fresh = objective(data_of(run.config.data).fresh)
+    objective, fresh = objective_of(run, held_out), objective_of(run, data_of(run.config.data).fresh)
     slicer, begin = slicer_of(model, moments_of(run, model)), time.perf_counter()
-    dense = float(np.concatenate(list(objective(held_out)(dense_model(run)))).mean())
+    dense = float(np.concatenate(list(objective(dense_model(run)))).mean())
+    judge = judged_by(run, dense_model(run))
     once = time.perf_counter() - begin
     limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
     cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
@@ -158,7 +180,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         model,
         scores,
         budget,
-        objective(held_out),
+        objective,
         trials=config.trials,
         timeout=config.timeout,
         seed=run.config.seed,
@@ -184,7 +206,7 @@ def search(run: Run, say: Callable[[str], None]) -> str:
         "values": [t.values[0] for t in finished],
         "study": result.study.study_name,
         "pruned": result.pruned,
-        "objective": config.objective,
+        "objective": judge,
         "multipliers": dict(result.multipliers),
         "gain": None,
         "front": [asdict(point) for point in result.front],
@@ -193,9 +215,9 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     write_json(run.folder / SEARCH, found)
     provenance.record(run.folder, CHAIN, "search", made_of)  # whatever happens now, the plan is there
     gain = gain_on(fresh, slicer(result.plain), slicer(result.plan))
-    verdict = _says(gain, config.objective)
+    verdict = _says(gain, judge)
     write_json(run.folder / SEARCH, found | {"gain": asdict(gain) | {"says": verdict}})
-    small, full = report(whole.space, whole.sizes), report(whole.space)
+    small, full = report(whole.space, whole.sizes), report(space_of(run.config, dense_model(run)))
     kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
     if latencies is not None:
         of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
@@ -229,7 +251,7 @@ def slice_(run: Run, at: float | None = None, say: Callable[[str], None] = print
         images = sample(data_of(run.config.data).calibration, _WIDTH_IMAGES)
         small = refit_width(model, small, plan, make_loader(images, 64))
     small = small.cpu()
-    save(small, run.folder / "sliced", name=run.config.model.name, args=run.config.model.args)
+    save(small, run.folder / "sliced")
     provenance.record(run.folder, CHAIN, "slice", made_of)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense_model(run), small))
     return (
@@ -242,8 +264,8 @@ def _repair_says(run: Run, base: nn.Module, plan: DimensionPlan, small: nn.Modul
     if not run.config.repair:
         return ""
     images = held_out_images(run)
-    cut, repaired = (reporting.percent(top1(m, images, device=run.device)) for m in (slice_model(base, plan), small))
-    return f"; {cut} of the held-out images right as it was cut, {repaired} repaired"
+    cut, repaired = (says_of(run, m, images) for m in (slice_model(base, plan), small))
+    return f"; on held-out images {cut} as it was cut, {repaired} repaired"
 
 
 def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None]) -> None:
@@ -255,7 +277,7 @@ def _take_point(run: Run, model: nn.Module, at: float, say: Callable[[str], None
     least = min(point.share for point in front)
     if not least <= at <= 1:
         raise InputError(f"--at {at} is not on the curve of {run.folder}; give a part from {least:.3g} to 1")
-    scores = load_importance(existing(run, "scores.safetensors", "score"), space_for(model))
+    scores = load_importance(existing(run, "scores.safetensors", "score"), space_of(run.config, model))
     rules = rules_of(run.config)
     budget = Budget(**{found["bounds"]: float(at)})
     latencies = latencies_for(latency_folder(run, model), model.to(run.device), scores, budget, rules, say)
@@ -277,39 +299,47 @@ def finetune(run: Run) -> str:
     made_of = provenance.inputs(run.folder, CHAIN, "finetune")
     model, config, loss = load(existing(run, "sliced/config.json", "slice").parent), run.config, None
     data = data_of(config.data)
-    if config.teacher is not None:
+    dense = dense_model(run)
+    if is_blind(run, dense):  # the dense model is all there is to learn from
+        teacher = (config.teacher or TeacherConfig()).model_dump() | {"labels": 0.0}
+        loss = distillation_loss(dense, model, **teacher | ({"logits": 0.0} if gives_features(dense) else {}))
+    elif config.teacher is not None:
         options = config.teacher.model_dump()
-        loss = distillation_loss(dense_model(run), model, smoothing=config.finetune.smoothing, **options)
+        loss = distillation_loss(dense, model, smoothing=config.finetune.smoothing, **options)
     _fit(run, model, data, config.finetune, "finetune", loss)
-    save(model.cpu(), run.folder, name=run.config.model.name, args=run.config.model.args)
+    save(model.cpu(), run.folder)
     provenance.record(run.folder, CHAIN, "finetune", made_of)
-    accuracy = reporting.percent(top1(model, data.holdout, device=run.device))
-    return f"fine-tuned: {accuracy} on held-out images -> {run.folder}"
+    return f"fine-tuned: {says_of(run, model, data.holdout)} on held-out images -> {run.folder}"
 
 
 def evaluate(run: Run) -> str:
-    """Top-1 on the test split, parameters, multiply-adds and latency of the models that are there."""
+    """Top-1 on the test split, parameters, multiply-adds and latency of the models that are there.
+
+    Without labels, how much they are like the dense model in place of top-1; see :func:`sidt.runs.quality.evaluate_on`.
+    """
     folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
     there = {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
     if not there:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
     made_of = provenance.inputs(run.folder, CHAIN, "evaluate")
-    test, rows, answered = data_of(run.config.data).test, {}, {}
+    data, rows, answered = data_of(run.config.data), {}, {}
+    dense, size = dense_model(run), (3, *prepared_for(run.config.data).size)
     for name, folder in there.items():
         model = load(folder).to(run.device)
-        counted = measure(model)
-        answered[name] = answers(model, test, device=run.device)
-        hits = answered[name] == test.labels
-        rows[name] = {
-            "top1": float(hits.mean()),
-            "error": float(hits.std() / np.sqrt(len(hits))),
-            "images": len(hits),
+        counted = measure(model, size)
+        good, given = evaluate_on(run, dense, model, data.test)
+        if given is not None:
+            answered[name] = given
+        rows[name] = good | {
             "params": counted.params,
             "macs": counted.macs,
             "latency_ms": time_forward(model, counted.input_size, seconds=0.5),
             "device": run.device,
         }
-    Answers(test.classes, test.labels, answered).save(run)
+    if answered:
+        blind = is_blind(run, dense)
+        classes = tuple(map(str, range(dense.num_classes))) if blind else data.classes  # type: ignore[arg-type]
+        Answers(classes, answered["dense"] if blind else data.test.labels, answered).save(run)
     write_json(run.folder / EVALUATION, rows)
     provenance.record(run.folder, CHAIN, "evaluate", made_of)
     return reporting.results_table(rows)
@@ -318,32 +348,33 @@ def evaluate(run: Run) -> str:
 def write_report(run: Run) -> str:
     """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
     model = dense_model(run)
-    space = space_for(model)
-    plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
+    space = space_of(run.config, model)
+    plan, search_result = searched_plan(run, original_space(model, space)), read_json(existing(run, SEARCH, "search"))
     rows = read_json(existing(run, EVALUATION, "evaluate"))
     provenance.inputs(run.folder, CHAIN, "report")
     reporting.plot_kept(plan, run.folder / "kept.png")
-    curve, judged_by = "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
+    curve, judge = "", f"{judged_by(run, model)} on held-out images"
     if front := _curve(run, search_result):
         kind, picture = search_result["bounds"], run.folder / "search.png"
-        reporting.plot_front(front, search_result["along"], search_result["dense"], kind, judged_by, picture)
-        curve = reporting.curve_text(front, space, judged_by)
+        reporting.plot_front(front, search_result["along"], search_result["dense"], kind, judge, picture)
+        curve = reporting.curve_text(front, space, judge)
     else:
         reporting.plot_search(
             search_result["values"],
             search_result["plain"],
             search_result["dense"],
-            judged_by,
+            judge,
             run.folder / "search.png",
         )
-    costs = reporting.complexity_text(report(space, by="block"), report(space, plan.sizes, by="block"), "md")
+    costs = reporting.complexity_text(report(space, by="block"), report(plan.space, plan.sizes, by="block"), "md")
     gain, at = search_result["gain"], search_result.get("at")
     taken = "" if at is None else f", sliced at {search_result['bounds']}={at} of the curve"
+    what, on = reporting.quality(rows["dense"])[0].capitalize(), next(iter(rows.values()))["device"]
     text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}{taken}
 
 {reporting.results_table(rows, "md")}
 
-Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
+{what} on the test split, with one standard error. Latency: median of one image on {on}.
 
 Search: {len(search_result["values"])} trials; {gain["says"] if gain else "what it gained was not judged"}.
 
@@ -354,7 +385,7 @@ Search: {len(search_result["values"])} trials; {gain["says"] if gain else "what 
 {curve}{costs}
 """
     write_text(run.folder / "report.md", text)
-    page = write_page(run, plan, search_result, front, rows, judged_by)
+    page = write_page(run, plan, search_result, front, rows, judge)
     return f"report -> {run.folder / 'report.md'}, {page}"
 
 
@@ -372,9 +403,9 @@ def run_all(run: Run, say: Callable[[str], None]) -> None:
 
 def _says(gain: Gain, objective: str) -> str:
     """Whether the search paid, in one sentence."""
-    if objective == "top1":
+    if objective == "top-1":
         return str(gain)
-    return gain.sentence("{:+.4f}", "{:.4f}", f"the log-likelihood of {gain.samples} fresh samples")
+    return gain.sentence("{:+.4f}", "{:.4f}", f"{objective}, {gain.samples} fresh samples")
 
 
 def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: str, loss: Loss | None = None) -> None:
@@ -390,5 +421,6 @@ def _fit(run: Run, model: nn.Module, data: Splits, config: TrainConfig, step: st
     for old in states.glob(f"{step}-*"):
         if old != own:
             shutil.rmtree(old)
-    history = fit(model, data.train, config, val=data.holdout, folder=own, loss=loss, label=step)
+    val = data.holdout if getattr(model, "num_classes", None) == len(data.classes) else None
+    history = fit(model, data.train, config, val=val, folder=own, loss=loss, label=step)
     write_json(run.folder / f"{step}.json", history)

@@ -22,6 +22,9 @@ from sidt.space.space import DimensionSpace
 
 matplotlib.use("Agg")
 
+# How good a model is, in evaluation.json, by the key that a row has.
+QUALITIES = {"top1": "top-1", "agreement": "same answer as dense", "neighbours": "same neighbour as dense"}
+
 Format = Literal["table", "md", "csv", "latex", "json"]
 _TABULATE = {"table": "simple", "md": "github", "latex": "latex_booktabs"}
 
@@ -107,18 +110,29 @@ def _aligned(dense: ComplexityReport, sliced: ComplexityReport | None) -> dict[s
 
 def results_table(rows: dict[str, Any], style: Format = "table") -> str:
     """Accuracy and costs of the models of a run."""
-    headers = ["model", "top-1", "params", "MACs", "latency (ms)"]
+    what, _ = quality(next(iter(rows.values())))
+    headers = ["model", what, "params", "MACs", "latency (ms)"]
     cells = [
         [
             name,
-            f"{percent(r['top1'])} +- {100 * r['error']:.2f}",
+            f"{percent(quality(r)[1])} +- {100 * r['error']:.2f}",
             r["params"],
             r["macs"],
             f"{r['latency_ms']:.2f}",
         ]
         for name, r in rows.items()
     ]
+    if any("relative_error" in r for r in rows.values()):
+        headers.insert(2, "relative error")
+        for row, r in zip(cells, rows.values(), strict=True):
+            row.insert(2, f"{r['relative_error']:.4f}")
     return table(headers, cells, style)
+
+
+def quality(row: Mapping[str, Any]) -> tuple[str, float]:
+    """What a row of evaluation.json says of a model: what it is, and a fraction."""
+    key = next(key for key in QUALITIES if key in row)
+    return QUALITIES[key], float(row[key])
 
 
 def curve_text(front: Sequence[Point], space: DimensionSpace, judged_by: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sidt.errors import InputError
 from sidt.training.pixels import ImageData, Pixels
 from sidt.training.preparation import Augmentation, DataConfig, prepared_for
-from sidt.training.sources import broken
+from sidt.training.sources import Files, broken
 from sidt.training.splits import parts_of
 
 _AUGMENT: dict[str, Augmentation] = {"digits": "crop", "cifar100": "crop-flip", "folder": "imagenet"}
@@ -33,6 +33,7 @@ class Splits:
         test: for the final evaluation only.
         classes: the class names, in the order of the labels; none: there are no labels.
         rows: which of all classes of the data set these are, where some were chosen.
+        known: all classes of the data set.
     """
 
     train: ImageData
@@ -42,6 +43,7 @@ class Splits:
     test: ImageData
     classes: tuple[str, ...]
     rows: tuple[int, ...] | None = None
+    known: tuple[str, ...] = ()
 
 
 def load_data(config: DataConfig) -> Splits:
@@ -79,13 +81,19 @@ def load_data(config: DataConfig) -> Splits:
         test=ImageData(test_pixels, tested, mean, std),
         classes=everything.classes,
         rows=parts.rows,
+        known=parts.known,
     )
 
 
 def broken_images(data: Splits) -> list[str]:
-    """What is wrong with each image that cannot be decoded. All are read."""
-    pixels = {id(part.pixels): part.pixels for part in (data.train, data.test)}
-    return [reason for each in pixels.values() for _, reason in broken(each.source)]
+    """The names of the images that cannot be decoded. All are read."""
+    sources = {id(part.pixels): part.pixels.source for part in (data.train, data.test)}
+    return [
+        str(source.path / source.files[index].name)
+        for source in sources.values()
+        if isinstance(source, Files)
+        for index, _ in broken(source)
+    ]
 
 
 def _imagenet(config: DataConfig) -> Callable[[Image.Image], Tensor]:

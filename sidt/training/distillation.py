@@ -27,6 +27,7 @@ class TeacherConfig(BaseModel):
     """How much a sliced model learns from the dense one, beside the labels; see :func:`distillation_loss`.
 
     Attributes:
+        labels: weight of the cross-entropy with the labels; 0 is off.
         logits: weight of the divergence of the logits; 0 is off.
         features: weight of the difference of the blocks' outputs; 0 is off.
         temperature: that the logits are divided by.
@@ -34,6 +35,7 @@ class TeacherConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    labels: float = Field(default=1.0, ge=0)
     logits: float = Field(default=2.0, ge=0)
     features: float = Field(default=10.0, ge=0)
     temperature: float = Field(default=2.0, gt=0)
@@ -87,11 +89,13 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         with outputs_of(student, kept) as features:
             heads = [head.float() for head in heads_of(model(images))]
-        soft = targets.ndim > 1
-        each = [functional.cross_entropy(head, targets, label_smoothing=0.0 if soft else smoothing) for head in heads]
         with torch.no_grad(), outputs_of(teacher.to(images.device), kept) as wanted:
             logits = torch.stack(heads_of(teacher(images))).mean(0).float()
-        total = torch.stack(each).mean()
+        total = heads[0].new_zeros(())
+        if config.labels:
+            soft = 0.0 if targets.ndim > 1 else smoothing
+            each = [functional.cross_entropy(head, targets, label_smoothing=soft) for head in heads]
+            total = config.labels * torch.stack(each).mean()
         if config.logits:
             total = total + config.logits * divergence(torch.stack(heads).mean(0), logits, config.temperature)
         if kept:

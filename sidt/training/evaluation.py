@@ -22,7 +22,7 @@ def check_classes(model: nn.Module, n_classes: int) -> None:
         InputError: it is made for another number.
     """
     own = getattr(model, "num_classes", None)
-    if isinstance(own, int) and own != n_classes:
+    if isinstance(own, int) and own and own != n_classes:  # without a head there are none
         raise InputError(
             f"the model has {own} classes and the data has {n_classes}; "
             f"use data with {own} classes or a model with num_classes={n_classes}"
@@ -105,6 +105,14 @@ def judged(
             for images, targets in make_loader(data, batch_size, workers=workers)
         ]
     return torch.cat(values).numpy()
+
+
+def evaluated(model: nn.Module, data: Dataset[Any], **options: Any) -> Tensor:
+    """What a model gives for every sample, in order: float32, samples x its output, on the CPU.
+
+    The options are those of :func:`judged`, and so is what is raised.
+    """
+    return torch.from_numpy(judged(model, data, lambda outputs, _: outputs, **options))
 
 
 def top1(model: nn.Module, data: Dataset[Any], **options: Any) -> float:

@@ -33,6 +33,9 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # timm's names, in a model's pretrained_cfg
+
+
 class DataConfig(BaseModel):
     """Which data, how it is split, prepared and augmented.
 
@@ -107,4 +110,15 @@ def prepared_for(config: DataConfig, cfg: Mapping[str, Any] | None = None, *, pu
         own = {**says, "image_size": tuple(says["input_size"][1:])}
     return DataConfig.model_validate(
         {**config.model_dump(), **{name: own[name] for name in _OWN["digits"] if getattr(config, name) is None}}
+    )
+
+
+def prepares(config: DataConfig) -> str:
+    """How images are prepared, in words."""
+    says = prepared_for(config)
+    height, width = says.size
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (says.mean or (), says.std or ()))
+    return (
+        f"images: {height} x {width}, {says.interpolation}, crop {says.crop_pct:g} ({says.crop_mode}), "
+        f"mean {mean}, std {std}"
     )

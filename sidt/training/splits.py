@@ -32,6 +32,7 @@ class Parts:
     train: tuple[np.ndarray, ...]
     test: np.ndarray
     rows: tuple[int, ...] | None
+    known: tuple[str, ...]
 
 
 def parts_of(config: DataConfig) -> Parts:
@@ -41,7 +42,7 @@ def parts_of(config: DataConfig) -> Parts:
         InputError: as for :func:`sidt.training.load_data`.
     """
     train, test, alone = _sources(config)
-    rows = None
+    rows, known_classes = None, train.classes
     if config.classes is not None:
         check_names(config.classes, train.classes, config.root or config.name)
         rows = tuple(label for label, name in enumerate(train.classes) if name in config.classes)
@@ -55,13 +56,13 @@ def parts_of(config: DataConfig) -> Parts:
         test = train if alone else test
     if not alone:
         parts = _split(train.labels, train.classes, config.holdout, config.seed)
-        return Parts(train, test, parts, np.arange(len(test.labels)), rows)
+        return Parts(train, test, parts, np.arange(len(test.labels)), rows, known_classes)
     tested, known = _drawn(train, config.name)
     if config.name == "digits":
         parts = _split(train.labels[known], train.classes, config.holdout, config.seed)
     else:  # a few images of a class, or none in some part, are enough to prune on
         parts = _split(np.zeros(len(known), dtype=np.int64), (), config.holdout, config.seed)
-    return Parts(train, train, tuple(known[part] for part in parts), tested, rows)
+    return Parts(train, train, tuple(known[part] for part in parts), tested, rows, known_classes)
 
 
 def _all(source: Source) -> tuple[np.ndarray, np.ndarray]:

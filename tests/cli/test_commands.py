@@ -24,7 +24,7 @@ def test_the_steps_leave_a_whole_run_folder(finished):
     for picture in ("kept.png", "search.png"):
         assert Image.open(finished / picture).size[0] > 300
     found = json.loads((finished / "search" / "search.json").read_text())
-    assert found["objective"] == "loss" and all(found[name] < 0 for name in ("dense", "plain", "best"))
+    assert found["objective"] == "log-likelihood" and all(found[name] < 0 for name in ("dense", "plain", "best"))
     rows = json.loads((finished / "evaluation.json").read_text())
     assert list(rows) == ["dense", "sliced", "fine-tuned"]
     share = rows["fine-tuned"]["params"] / rows["dense"]["params"]

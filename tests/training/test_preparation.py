@@ -213,7 +213,7 @@ def test_broken_images_are_all_named_and_left_out_only_if_asked(tmp_path):
         (tmp_path / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:60])
     config = DataConfig(name="folder", root=tmp_path, image_size=8)
     reasons = broken_images(load_data(config))
-    assert len(reasons) == 3 and all(f"cannot decode {i}.png" in " ".join(reasons) for i in (3, 7, 11))
+    assert sorted(reasons) == sorted(str(tmp_path / f"{i}.png") for i in (3, 7, 11))
     rest = load_data(config.model_copy(update={"skip_broken": True}))
     assert sum(len(part) for part in (rest.train, rest.holdout, rest.fresh, rest.test)) == 17
     assert broken_images(rest) == []
