@@ -30,7 +30,8 @@ def own_outputs(*, features: bool, seed: int = 0) -> Loss:
         if features:
             directions = torch.randn(out.shape, generator=generator).to(out)
             lengths = out.detach().flatten(1).norm(dim=1).clamp(min=torch.finfo(out.dtype).tiny)
-            return ((directions * out).flatten(1).sum(1) / lengths).mean()
+            along: Tensor = ((directions * out).flatten(1).sum(1) / lengths).mean()
+            return along
         answers = torch.multinomial(out.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         return F.cross_entropy(out, answers.to(out.device))
 

@@ -12,9 +12,10 @@ from sidt.export.checkpoint import FILES, load
 from sidt.export.hub import check_name, upload
 from sidt.export.models import name_of
 from sidt.files import read_json
+from sidt.runs import provenance
 from sidt.runs import report as reporting
 from sidt.runs.config import RunConfig, read_config
-from sidt.runs.folder import Run, check_one_plan
+from sidt.runs.folder import CHAIN
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 
@@ -42,7 +43,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     config = read_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     own = folder
     if config is not None:
-        check_one_plan(Run(folder, config))
+        provenance.check(folder, CHAIN, "finetune")
         own = next((f for f in (folder, folder / "sliced") if (f / "config.json").is_file()), folder)
         if not (own / "config.json").is_file():
             raise InputError(f"{folder} has no sliced model yet; run `sidt slice {folder}` first")

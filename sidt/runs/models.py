@@ -13,7 +13,7 @@ from sidt.runs.config import ModelConfig, RunConfig
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import input_size_of
-from sidt.training.preparation import prepared_for
+from sidt.training.preparation import preparation_of, prepared_for
 
 
 def folder_of(name: str) -> Path | None:
@@ -81,4 +81,4 @@ def space_of(config: RunConfig, model: nn.Module) -> DimensionSpace:
     Raises:
         InputError: the model has no space, or does not take images of that size.
     """
-    return space_for(model, (3, *prepared_for(config.data).size))
+    return space_for(model, (3, *preparation_of(config.data).size))

@@ -36,7 +36,7 @@ from sidt.runs.parts import (
 )
 from sidt.runs.report import percent, quality
 from sidt.space.plan import DimensionPlan
-from sidt.training.preparation import prepares
+from sidt.training.preparation import preparation_of
 
 _MOST = 12  # rows of a table of changes, and pictures
 _PACKAGES = ("sidt", "torch", "timm", "optuna", "plotly")
@@ -102,7 +102,7 @@ def _asked(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         ("Model", f"{config.model.name}({own})"),
         ("Weights", weights),
-        ("Data", f"{config.data.name}{where}, {prepares(config.data)}"),
+        ("Data", f"{config.data.name}{where}, {preparation_of(config.data)}"),
         ("Budget", f"{found['budget']}{taken}"),
         ("Importance", f"{config.score.method}, on {config.score.images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if config.repair else "none"),

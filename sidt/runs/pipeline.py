@@ -76,7 +76,7 @@ from sidt.training.digest import weights_digest
 from sidt.training.distillation import TeacherConfig, distillation_loss
 from sidt.training.evaluation import check_classes
 from sidt.training.loop import Loss, TrainConfig, fit
-from sidt.training.preparation import PREPARATION, prepared_for, prepares
+from sidt.training.preparation import PREPARATION, preparation_of
 
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 
@@ -106,7 +106,7 @@ def train(run: Run) -> str:
     _keep_preparation(run, model)
     save(model.cpu(), run.folder / "dense")
     good = "" if is_blind(run, model) else f": {says_of(run, model, data.holdout)} on held-out images"
-    return f"dense model{good} -> {run.folder / 'dense'}; {prepares(run.config.data)}"
+    return f"dense model{good} -> {run.folder / 'dense'}; {preparation_of(run.config.data)}"
 
 
 def _of_classes(model: nn.Module, data: Splits) -> nn.Module:
@@ -121,7 +121,7 @@ def _of_classes(model: nn.Module, data: Splits) -> nn.Module:
 
 def _keep_preparation(run: Run, model: Any) -> None:
     """Note in the model how its images are prepared; checkpoints keep it."""
-    says = prepared_for(run.config.data)
+    says = preparation_of(run.config.data)
     own = {key: getattr(says, key) for key in PREPARATION}
     model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **own}
 
@@ -323,7 +323,7 @@ def evaluate(run: Run) -> str:
         raise InputError(f"no model in {run.folder}; run `sidt train {run.folder}` first")
     made_of = provenance.inputs(run.folder, CHAIN, "evaluate")
     data, rows, answered = data_of(run.config.data), {}, {}
-    dense, size = dense_model(run), (3, *prepared_for(run.config.data).size)
+    dense, size = dense_model(run), (3, *preparation_of(run.config.data).size)
     for name, folder in there.items():
         model = load(folder).to(run.device)
         counted = measure(model, size)

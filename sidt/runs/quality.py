@@ -46,7 +46,8 @@ def _unlabelled(images: Dataset[Any]) -> Dataset[Any]:
 
 def objective_of(run: Run, images: Dataset[Any]) -> Callable[[nn.Module], Iterator[Any]]:
     """What models are judged by on some images, part by part: one number for each image, higher is better."""
-    options, dense = {"device": run.device}, dense_model(run)
+    options: dict[str, Any] = {"device": run.device}
+    dense = dense_model(run)
     parts = [range(i, len(images), PARTS) for i in range(min(PARTS, len(images)))]  # type: ignore[arg-type]
     if is_blind(run, dense):
         features = gives_features(dense)

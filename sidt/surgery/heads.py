@@ -64,7 +64,7 @@ def with_classes(model: Model, rows: Sequence[int]) -> Model:
         raise InputError(f"this {type(model).__name__} has no classes to choose from; give one of timm's classifiers")
     if not rows or min(rows) < 0 or max(rows) >= count:
         raise InputError(f"the model has {count} classes, 0 to {count - 1}, and {list(rows)} are asked for")
-    chosen = copy.deepcopy(given)
+    chosen: Any = copy.deepcopy(given)
     chosen.reset_classifier(len(rows))
     own, index = dict(given.named_parameters()), torch.tensor(list(rows))
     with torch.no_grad():
@@ -72,4 +72,5 @@ def with_classes(model: Model, rows: Sequence[int]) -> Model:
             before = own[name]
             parameter.copy_(before if before.shape == parameter.shape else before[index.to(before.device)])
     chosen.train(given.training)
-    return chosen
+    result: Model = chosen
+    return result

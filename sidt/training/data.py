@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sidt.errors import InputError
 from sidt.training.pixels import ImageData, Pixels
-from sidt.training.preparation import Augmentation, DataConfig, prepared_for
+from sidt.training.preparation import Augmentation, DataConfig, Preparation, preparation_of
 from sidt.training.sources import Files, broken
 from sidt.training.splits import parts_of
 
@@ -54,16 +54,16 @@ def load_data(config: DataConfig) -> Splits:
     """
     if not 0 < config.holdout < 0.5:
         raise InputError(f"holdout is {config.holdout:g}; it must lie between 0 and 0.5: as much again is kept fresh")
-    config = prepared_for(config)
-    size, mean, std = config.size, config.mean or (), config.std or ()
+    how = preparation_of(config)
+    size, mean, std = how.size, how.mean, how.std
     augment = config.augment or _AUGMENT[config.name]
     if min(std) <= 0:
         raise InputError(f"std is {std}; every channel's must be above 0")
     view: Callable[[Image.Image], Tensor] = create_transform(
         (3, *size),
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
+        interpolation=how.interpolation,
+        crop_pct=how.crop_pct,
+        crop_mode=how.crop_mode,
         mean=mean,  # of borders
         normalize=False,
     )
@@ -71,7 +71,7 @@ def load_data(config: DataConfig) -> Splits:
     everything, training, tested = parts.source, parts.train, parts.test
     pixels = Pixels(everything, view, size)
     test_pixels = pixels if parts.test_source is everything else Pixels(parts.test_source, view, size)
-    random_view = _imagenet(config) if augment == "imagenet" else augment
+    random_view = _imagenet(how) if augment == "imagenet" else augment
     shift = tuple(max(1, round(side * _SHIFT[config.name])) for side in size)
     return Splits(
         train=ImageData(pixels, training[0], mean, std, random_view, (shift[0], shift[1])),
@@ -96,16 +96,16 @@ def broken_images(data: Splits) -> list[str]:
     ]
 
 
-def _imagenet(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+def _imagenet(how: Preparation) -> Callable[[Image.Image], Tensor]:
     """DeiT's augmentation."""
     transform: Callable[[Image.Image], Tensor] = create_transform(
-        config.size,
+        how.size,
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation=config.interpolation,
+        interpolation=how.interpolation,
         re_prob=0.25,
         re_mode="pixel",
-        mean=config.mean,
-        std=config.std,
+        mean=how.mean,
+        std=how.std,
     )
     return transform

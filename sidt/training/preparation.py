@@ -1,6 +1,7 @@
 """Which data, and how its images are prepared: what a config says, else the model or the data set."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,19 +107,36 @@ def prepared_for(config: DataConfig, cfg: Mapping[str, Any] | None = None, *, pu
     """
     own: Mapping[str, Any] | None = None if published else _OWN.get(config.name)
     if own is None:
-        says = resolve_data_config({}, pretrained_cfg=dict(cfg or {"input_size": (3, 224, 224)}))
+        says: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
+            {}, pretrained_cfg=dict(cfg or {"input_size": (3, 224, 224)})
+        )
         own = {**says, "image_size": tuple(says["input_size"][1:])}
     return DataConfig.model_validate(
         {**config.model_dump(), **{name: own[name] for name in _OWN["digits"] if getattr(config, name) is None}}
     )
 
 
-def prepares(config: DataConfig) -> str:
-    """How images are prepared, in words."""
+@dataclass(frozen=True)
+class Preparation:
+    """How images are prepared, all of it said; the names are those of :class:`DataConfig`."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def __str__(self) -> str:
+        """In words."""
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"images: {self.size[0]} x {self.size[1]}, {self.interpolation}, crop {self.crop_pct:g} "
+            f"({self.crop_mode}), mean {mean}, std {std}"
+        )
+
+
+def preparation_of(config: DataConfig) -> Preparation:
+    """How the images of a config are prepared, where no model says it: as is usual for the data set."""
     says = prepared_for(config)
-    height, width = says.size
-    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (says.mean or (), says.std or ()))
-    return (
-        f"images: {height} x {width}, {says.interpolation}, crop {says.crop_pct:g} ({says.crop_mode}), "
-        f"mean {mean}, std {std}"
-    )
+    return Preparation(says.size, *(getattr(says, name) for name in PREPARATION))
