@@ -39,6 +39,7 @@ from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
 from sidt.importance.scores import Importance, load_importance
+from sidt.runs import plots
 from sidt.runs import report as reporting
 from sidt.runs.base import (
     MOMENTS,
@@ -316,14 +317,14 @@ def write_report(run: Run) -> str:
     plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
     rows = read_json(existing(run, "evaluation.json", "evaluate"))
     check_one_plan(run)
-    reporting.plot_kept(plan, run.folder / "kept.png")
+    plots.plot_kept(plan, run.folder / "kept.png")
     curve, judged_by = "", f"{_JUDGED_BY[search_result['objective']]} on held-out images"
     if front := _curve(run, search_result):
         kind, picture = search_result["bounds"], run.folder / "search.png"
-        reporting.plot_front(front, search_result["along"], search_result["dense"], kind, judged_by, picture)
+        plots.plot_front(front, search_result["along"], search_result["dense"], kind, judged_by, picture)
         curve = reporting.curve_text(front, space, judged_by)
     else:
-        reporting.plot_search(
+        plots.plot_search(
             search_result["values"],
             search_result["plain"],
             search_result["dense"],

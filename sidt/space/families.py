@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from torch import nn
 
 from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import ParsedLine
+
+if TYPE_CHECKING:  # the files can be listed without it
+    from torch import nn
 
 Kind = Literal["width", "heads", "qk", "v", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -151,7 +153,7 @@ def families() -> list[Family]:
         return [read_family(file) for file in sorted(folder.glob("*.yaml"))]
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: "nn.Module") -> Family:
     """The family of a model's class, or of the nearest class that it inherits from.
 
     Raises:
@@ -163,8 +165,8 @@ def family_of(model: nn.Module) -> Family:
         if name in known:
             return known[name]
     raise InputError(
-        f"no search space for {lineage[0]}; add one to search_spaces/ (CONTRIBUTING.md shows how) and pass "
-        f"its path as file=, or use one of: {', '.join(sorted(known))}"
+        f"no search space for {lineage[0]}; write one into the folder search_spaces/ (CONTRIBUTING.md shows how), or "
+        f"use one of: {', '.join(sorted(known))}"
     )
 
 
