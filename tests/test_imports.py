@@ -161,6 +161,7 @@ def test_the_check_sees_what_it_should():
     assert floor("sidt.detection.runs.demo") < floor("sidt.cli.detect") and floor("sidt.nowhere.new") == -1
 
 
+DIGITS = ROOT / "configs" / "classification" / "digits_vit.yaml"
 HEAVY = ("torch", "timm", "optuna", "sklearn", "scipy", "pandas", "matplotlib", "accelerate", "pydantic")
 
 
@@ -175,6 +176,10 @@ HEAVY = ("torch", "timm", "optuna", "sklearn", "scipy", "pandas", "matplotlib", 
         ("spaces", ()),
         ("spaces pvt_v2_b0", ("torch", "timm")),
         ("complexity pvt_v2_b0 --format md", ("torch", "timm")),
+        (
+            f"complexity {DIGITS}",
+            ("torch", "timm", "optuna", "accelerate", "pydantic"),
+        ),  # what its config is checked by
     ],
 )
 def test_heavy_packages_wait_until_they_are_needed(words, needs):

@@ -39,7 +39,6 @@ from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.files import read_json, write_json, write_text
 from sidt.importance.scores import Importance, load_importance
-from sidt.runs import plots
 from sidt.runs import report as reporting
 from sidt.runs.base import (
     MOMENTS,
@@ -312,6 +311,8 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """Write ``report.md`` and its plots from what the other steps left."""
+    from sidt.runs import plots  # here: no other step waits for matplotlib
+
     model = dense_model(run)
     space = space_for(model)
     plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))

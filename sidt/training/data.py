@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
@@ -303,6 +301,10 @@ def _imagenet(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Cal
 
 def _sources(config: DataConfig) -> tuple[_Arrays | _Files, _Arrays | _Files, np.ndarray, np.ndarray]:
     """The sources of the training and the test images, and which of their images those are."""
+    # Here and in _split: SciPy comes with it, and whoever only reads a config does not wait for that.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     train: _Arrays | _Files
     test: _Arrays | _Files
     if config.name == "digits":
@@ -357,6 +359,8 @@ def _cifar100(config: DataConfig) -> tuple[_Arrays, _Arrays]:
 
 def _split(labels: np.ndarray, classes: Sequence[str], part: float, seed: int) -> tuple[np.ndarray, ...]:
     """Sorted positions of train, holdout and fresh, each with every class in the same proportion."""
+    from sklearn.model_selection import train_test_split
+
     counts = np.bincount(labels, minlength=len(classes))
     smallest = int(counts.argmin())
     too_few = InputError(
