@@ -36,7 +36,7 @@ from sidt.detection.training.evaluation import average_precision
 from sidt.detection.training.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance
-from sidt.runs.report import table
+from sidt.runs.tables import table
 from sidt.space.space import DimensionSpace
 from sidt.space.trace import InputSize
 from sidt.surgery.alignment import align

@@ -29,7 +29,7 @@ from sidt.cost.budget import Budget
 from sidt.export.weights import load_weights
 from sidt.importance.gates import GateConfig, gated, learn_gates
 from sidt.importance.scores import Importance
-from sidt.runs.report import table
+from sidt.runs.tables import table
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader

@@ -23,7 +23,7 @@ from sidt.allocation.study import Sampler, SearchResult, search
 from sidt.cost.budget import Budget
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
-from sidt.runs.report import table
+from sidt.runs.tables import table
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.alignment import align

@@ -169,11 +169,31 @@ def test_the_check_sees_what_it_should():
     assert floor("sidt.detection.runs.demo") < floor("sidt.cli.detect") and floor("sidt.nowhere.new") == -1
 
 
-@pytest.mark.parametrize("words", [None, "", "--help", "search --help", "--version"])
-def test_torch_waits_until_it_is_needed(words):
+DIGITS = ROOT / "configs" / "classification" / "digits_vit.yaml"
+HEAVY = ("torch", "timm", "optuna", "sklearn", "scipy", "pandas", "matplotlib", "accelerate", "pydantic")
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        (None, ()),
+        ("", ()),
+        ("--help", ()),
+        ("search --help", ()),
+        ("--version", ()),
+        ("spaces", ()),
+        ("spaces pvt_v2_b0", ("torch", "timm")),
+        ("complexity pvt_v2_b0 --format md", ("torch", "timm")),
+        (
+            f"complexity {DIGITS}",
+            ("torch", "timm", "optuna", "accelerate", "pydantic"),
+        ),  # what its config is checked by
+    ],
+)
+def test_heavy_packages_wait_until_they_are_needed(words, needs):
     """``None`` only imports sidt; the others are command lines."""
     program = "import sidt" if words is None else f"import sidt.cli\nsys.argv[1:] = {words.split()}\nsidt.cli.main()"
-    heavy = "[m for m in ('torch', 'timm', 'optuna', 'sklearn', 'matplotlib') if m in sys.modules]"
+    heavy = f"[m for m in {HEAVY} if m in sys.modules]"
     check = f"import sys, atexit\natexit.register(lambda: print({heavy}, file=sys.stderr))\n{program}"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1:] == ["[]"], result.stderr
+    assert result.stderr.splitlines()[-1:] == [str(list(needs))], result.stderr

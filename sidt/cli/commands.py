@@ -162,23 +162,17 @@ def demo(**arguments: Any) -> None:
 def spaces(model: str | None) -> None:
     """List the families of backbones, or print the dimensions of a timm MODEL."""
     if model is None:
-        from sidt.runs.report import table
+        from sidt.runs.tables import table
         from sidt.space.families import families
 
         rows = [[family.file.stem, name] for family in families() for name in family.models]
         click.echo(table(["search space", "model class"], rows))
         return
-    from dataclasses import replace
-
     from sidt.cost.complexity import shares
-    from sidt.export.models import create_model
     from sidt.runs.report import dimensions_table
-    from sidt.space.space import space_for
-    from sidt.surgery.heads import with_head
+    from sidt.runs.sources import space_of
 
-    built = create_model(model, {})
-    space = space_for(built)
-    space = replace(space, streams=with_head(built, space)[1].streams)  # what sidt.align makes of it
+    space = space_of(model)
     click.echo(dimensions_table(space, shares(space)))
 
 
@@ -189,7 +183,7 @@ def spaces(model: str | None) -> None:
     "--input",
     "input_size",
     metavar="3x224x224",
-    help="Channels x height x width; default: what the model was built for.",
+    help="Channels x height x width, which a timm MODEL is built for; default: its own.",
 )
 @click.option("--by", type=click.Choice(["module", "block", "kind"]), help="Rows of a backbone; default: block.")
 @click.option(

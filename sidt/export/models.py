@@ -5,15 +5,25 @@ from contextlib import nullcontext
 from typing import Any
 
 import timm
-from timm.models import get_model_args, get_pretrained_cfg
+from timm.models import get_model_args, get_pretrained_cfg, resolve_model_input_args
 from torch import nn
 
 from sidt.errors import InputError
 from sidt.export.hub import download, one_line, repository_in
+from sidt.space.trace import InputSize
 
 
-def create_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+def create_model(
+    name: str, args: Mapping[str, Any], *, pretrained: bool = False, input_size: InputSize | None = None
+) -> nn.Module:
     """``timm.create_model`` with one-line errors.
+
+    Args:
+        name: a timm model.
+        args: its keyword arguments.
+        pretrained: whether timm loads its published weights.
+        input_size: channels, height, width that it is built for, as far as its class is built for a size; default: its
+            own.
 
     Raises:
         InputError: timm has no such model, it does not take the arguments, or the hub cannot be reached for it.
@@ -26,6 +36,9 @@ def create_model(name: str, args: Mapping[str, Any], *, pretrained: bool = False
         )
     on_hub = repository_in(name) if ":" in name and not name.startswith("local-dir:") else None
     try:
+        if input_size is not None:
+            wanted = resolve_model_input_args(name, {"input_size": input_size}, **args)
+            args = {**args, **{key: wanted[key] for key in ("in_chans", "img_size") if key in wanted}}
         if on_hub:
             download(*on_hub, ("config.json",), "timm model")
         with one_line(on_hub[0], "timm model") if on_hub else nullcontext():

@@ -347,19 +347,21 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
+    from sidt.runs import plots  # here: no other step waits for matplotlib
+
     model = dense_model(run)
     space = space_of(run.config, model)
     plan, search_result = searched_plan(run, original_space(model, space)), read_json(existing(run, SEARCH, "search"))
     rows = read_json(existing(run, EVALUATION, "evaluate"))
     provenance.inputs(run.folder, CHAIN, "report")
-    reporting.plot_kept(plan, run.folder / "kept.png")
+    plots.plot_kept(plan, run.folder / "kept.png")
     curve, judge = "", f"{judged_by(run, model)} on held-out images"
     if front := _curve(run, search_result):
         kind, picture = search_result["bounds"], run.folder / "search.png"
-        reporting.plot_front(front, search_result["along"], search_result["dense"], kind, judge, picture)
+        plots.plot_front(front, search_result["along"], search_result["dense"], kind, judge, picture)
         curve = reporting.curve_text(front, space, judge)
     else:
-        reporting.plot_search(
+        plots.plot_search(
             search_result["values"],
             search_result["plain"],
             search_result["dense"],

@@ -1,7 +1,9 @@
 """The costs of anything that names a model: a timm model, a run folder, a checkpoint folder or a config."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sidt.allocation.paying import compare_layers
@@ -10,12 +12,14 @@ from sidt.cost.complexity import ComplexityReport, Group, report
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.export.models import create_model
-from sidt.runs.config import read_config
-from sidt.runs.folder import PLAN
-from sidt.runs.report import Format, latency_text
+from sidt.runs.report import latency_text
+from sidt.runs.tables import Format
 from sidt.space.plan import load_plan
-from sidt.space.space import space_for
+from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize
+from sidt.surgery.heads import with_head
+
+_SHAPES = "meta"  # the device of models of which nothing but shapes is read: no weight is initialised
 
 
 def complexity_of(
@@ -23,10 +27,12 @@ def complexity_of(
 ) -> tuple[ComplexityReport, ComplexityReport | None]:
     """The complexity of a timm model, a run folder, a checkpoint folder or a config, dense and sliced by a plan.
 
+    A timm model is built for the input size. That of a folder or a config is built already, and takes it or not.
+
     Raises:
-        InputError: the source names no model, or the plan is for another one.
+        InputError: the source names no model, it does not take the input size, or the plan is for another one.
     """
-    model, plan = _named(source, plan)
+    model, plan = _named(source, plan, input_size, _SHAPES)
     space = space_for(model, input_size)
     dense = report(space, by=by)
     return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)
@@ -38,7 +44,7 @@ def latency_of(source: str, plan: Path | None, input_size: InputSize | None, sty
     Raises:
         InputError: the source names no model, there is no plan, or it is for another model.
     """
-    model, plan = _named(source, plan)
+    model, plan = _named(source, plan, input_size, "cpu")
     if plan is None:
         raise InputError(f"the latency of {source} is compared with that of its plan; give one with --plan")
     space = space_for(model, input_size)
@@ -46,20 +52,33 @@ def latency_of(source: str, plan: Path | None, input_size: InputSize | None, sty
     return latency_text(rows, whereabouts(model, space, 1), style)
 
 
-def _named(source: str, plan: Path | None) -> tuple[nn.Module, Path | None]:
+def space_of(name: str) -> DimensionSpace:
+    """The space of a timm model; whether its widths can be rotated is said of what :func:`sidt.align` makes of it.
+
+    Raises:
+        InputError: timm has no such model, or it has no space.
+    """
+    with torch.device(_SHAPES):
+        model = create_model(name, {})
+        space = space_for(model)
+        return replace(space, streams=with_head(model, space)[1].streams)
+
+
+def _named(source: str, plan: Path | None, input_size: InputSize | None, device: str) -> tuple[nn.Module, Path | None]:
     """The model that a source names, and its plan if it has one and none is given."""
     path = Path(source)
-    if (path / "config.yaml").is_file():
-        config = read_config(path / "config.yaml").model
+    if not path.exists():
+        with torch.device(device):
+            return create_model(source, {}, input_size=input_size), plan
+    # Here: the config of a run knows training and the search, which the costs of a model do not wait for.
+    from sidt.runs.config import read_config
+    from sidt.runs.folder import PLAN
+
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
+        return load(path), plan
+    config = read_config(path / "config.yaml" if path.is_dir() else path).model
+    with torch.device(device):
         model = create_model(config.name, config.args)
-        plan = plan or (path / PLAN if (path / PLAN).is_file() else None)
-    elif (path / "config.json").is_file():
-        model = load(path)
-    elif path.is_file():
-        config = read_config(path).model
-        model = create_model(config.name, config.args)
-    elif path.exists():
-        raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
-    else:
-        model = create_model(source, {})
-    return model, plan
+    return model, plan or (path / PLAN if (path / PLAN).is_file() else None)

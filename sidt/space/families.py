@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from torch import nn
 
 from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import ParsedLine
+
+if TYPE_CHECKING:  # the files can be listed without it
+    from torch import nn
 
 Kind = Literal["width", "heads", "qk", "v", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -151,7 +153,7 @@ def families() -> list[Family]:
         return [read_family(file) for file in sorted(folder.glob("*.yaml"))]
 
 
-def wrapped_in(model: nn.Module) -> str | None:
+def wrapped_in(model: "nn.Module") -> str | None:
     """The path of the model inside those that wrap one to train or compile it; ``None`` if it is not wrapped.
 
     They are torch's DataParallel, DistributedDataParallel and FullyShardedDataParallel, what ``torch.compile`` gives,
@@ -161,7 +163,7 @@ def wrapped_in(model: nn.Module) -> str | None:
     inner = model
     while not _known_lineage(inner):
         for name in ("_orig_mod", "module"):
-            if isinstance(found := inner._modules.get(name), nn.Module):
+            if (found := inner._modules.get(name)) is not None:
                 path.append(name)
                 inner = found
                 break
@@ -170,16 +172,16 @@ def wrapped_in(model: nn.Module) -> str | None:
     return ".".join(path) or None
 
 
-def _known_lineage(model: nn.Module) -> bool:
+def _known_lineage(model: "nn.Module") -> bool:
     known = {name for family in families() for name in family.models}
     return any(name in known for name in _lineage(model))
 
 
-def _lineage(model: nn.Module) -> list[str]:
+def _lineage(model: "nn.Module") -> list[str]:
     return [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: "nn.Module") -> Family:
     """The family of a model's class, or of the nearest class that it inherits from.
 
     Raises:
@@ -193,8 +195,8 @@ def family_of(model: nn.Module) -> Family:
     if (inner := wrapped_in(model)) is not None:
         raise InputError(f"this {type(model).__name__} wraps a model; pass what is in it: model.{inner}")
     raise InputError(
-        f"no search space for {lineage[0]}; add one to search_spaces/ (CONTRIBUTING.md shows how) and pass "
-        f"its path as file=, or use one of: {', '.join(sorted(known))}"
+        f"no search space for {lineage[0]}; write one into the folder search_spaces/ (CONTRIBUTING.md shows how), or "
+        f"use one of: {', '.join(sorted(known))}"
     )
 
 

@@ -52,7 +52,9 @@ def input_size_of(model: nn.Module) -> InputSize:
     channels = getattr(model, "in_chans", None) or cfg.get("input_size", (3,))[0]
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (3,))[1:]
     if not built_for:
-        raise InputError(f"{type(model).__name__} does not say its image size; give input_size=(3, height, width)")
+        raise InputError(
+            f"{type(model).__name__} does not say its image size; give input_size=(3, height, width) (--input)"
+        )
     height, width = built_for
     return int(channels), int(height), int(width)
 

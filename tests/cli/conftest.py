@@ -1,5 +1,6 @@
 """A tiny config, a run folder made of it, and the command line called in this process."""
 
+import json
 import subprocess
 import sys
 
@@ -50,6 +51,18 @@ def sidt_command(monkeypatch, capsys):
         return code, out, err
 
     return command
+
+
+@pytest.fixture
+def complexity(sidt_command):
+    """``complexity("pvt_v2_b0", "--input", "3x64x64")``: what the command says, from its JSON."""
+
+    def check(*arguments):
+        code, out, err = sidt_command("complexity", *arguments, "--format", "json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return check
 
 
 @pytest.fixture

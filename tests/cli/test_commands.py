@@ -1,14 +1,20 @@
 """The command line as a user types it: every step on a tiny model, and every mistake on one line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from hub import TOKEN, serving, use
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import sidt
 
@@ -76,12 +82,54 @@ def test_complexity_of_a_run_a_config_and_a_plan(finished, config, sidt_command)
     )
 
 
-def test_input_size_changes_macs_and_not_params(sidt_command):
-    small, large = (
-        json.loads(sidt_command("complexity", "pvt_v2_b0", "--input", size, "--format", "json")[1])
-        for size in ("3x64x64", "3x128x128")
-    )
+def test_input_size_changes_macs_and_not_params(complexity):
+    small, large = (complexity("pvt_v2_b0", "--input", size) for size in ("3x64x64", "3x128x128"))
     assert small["params"] == large["params"] and small["macs"] < large["macs"] / 3
+
+
+def test_a_model_is_built_for_the_input_size(complexity):
+    found, named = complexity("vit_tiny_patch16_224", "--input", "3x384x384"), complexity("vit_tiny_patch16_384")
+    assert found == named and found["input_size"] == [3, 384, 384]
+    assert complexity("vit_tiny_patch16_224", "--input", "3x224x224") == complexity("vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [
+        ("deit_tiny_distilled_patch16_224", (1, 32, 48), {"img_size": (32, 48)}),
+        ("vit_small_patch14_dinov2", (3, 70, 70), {"img_size": 70}),
+        ("swin_tiny_patch4_window7_224", (3, 256, 192), {"img_size": (256, 192)}),
+        ("swin_tiny_patch4_window7_224", (1, 64, 64), {"img_size": 64}),
+        ("swinv2_tiny_window8_256", (4, 128, 128), {"img_size": 128}),
+        ("pvt_v2_b0", (1, 96, 64), {}),
+    ],
+)
+def test_costs_at_an_input_size_are_those_that_are_counted(complexity, name, size, args):
+    model = timm.create_model(name, in_chans=size[0], **args).eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *size))
+    found = complexity(name, "--input", "x".join(map(str, size)))
+    assert found["params"] == sum(p.numel() for p in model.parameters())
+    assert found["macs"] == counter.get_total_flops() // 2
+    assert found["input_size"] == list(size)
+
+
+def test_a_model_of_a_folder_is_built_already(finished, config, complexity, mistake):
+    for source in (finished, finished / "dense", config):
+        assert complexity(source, "--input", "3x16x16") == complexity(source)
+        mistake("complexity", source, "--input", "3x32x32", says=["3x32x32", "16"])
+        mistake("complexity", source, "--input", "1x16x16", says=["1x16x16"])
+
+
+def test_latency_at_an_input_size(sidt_command, complexity, tmp_path):
+    with torch.device("meta"):
+        plan = sidt.DimensionPlan(sidt.space_for(timm.create_model("vit_tiny_patch16_224")), {"hidden.0": [0, 1, 2]})
+    plan.save(tmp_path / "plan.json")
+    words = ("vit_tiny_patch16_224", "--plan", tmp_path / "plan.json", "--input", "1x32x32", "--format", "json")
+    code, out, err = sidt_command("complexity", *words, "--latency")
+    assert code == 0, err
+    assert json.loads(out)["where"]["input"] == [1, 32, 32]
+    assert complexity(*words)["params"] < complexity(*words)["dense"]["params"]
 
 
 def test_spaces(sidt_command):
@@ -131,7 +179,27 @@ def test_mistakes_of_arguments(mistake, config, tmp_path):
     mistake("spaces", "resnet18", says=["no search space", "ResNet", "search_spaces/"])
     mistake("complexity", "vit_tiny_patch16_224", "--input", "224", says=["224"])
     mistake("complexity", "vit_tiny_patch16_224", "--by", "layer", says=["layer"])
-    mistake("complexity", "vit_tiny_patch16_224", "--input", "3x100x100", says=["3x100x100"])
+    mistake("complexity", "vit_tiny_patch16_224", "--input", "3x8x8", says=["3x8x8"])
+    mistake("complexity", "swin_tiny_patch4_window7_224", "--input", "3x2x2", says=["2"])
+    mistake("complexity", "resnet18", "--input", "3x64x64", says=["no search space", "CONTRIBUTING.md"])
+
+
+def test_names_that_are_not_on_the_hub(mistake, monkeypatch):
+    for name in ("hf-hub:", "hf-hub:a/b/c", "hf-hub:a b"):
+        mistake("complexity", name, says=["hf-hub:OWNER/NAME"])
+    monkeypatch.setattr("sidt.export.models.HfApi.file_exists", lambda *_, **__: False)
+    mistake("spaces", "hf-hub:nobody/nothing", says=["no timm model nobody/nothing"])
+
+
+@pytest.mark.parametrize("command", ["complexity", "spaces"])
+@pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:"])
+def test_the_hub_without_a_network(command, prefix):
+    """In a process of its own: where the hub is, is read when its library is imported."""
+    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    words = [sys.executable, "-m", "sidt", command, f"{prefix}nobody/nothing"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=offline, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("sidt: cannot ask the hub for nobody/nothing") and done.stderr.count("\n") == 1
 
 
 def test_mistakes_of_order(mistake, config, tmp_path):

@@ -1,0 +1,108 @@
+"""Pictures of what a run found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from sidt.allocation.curve import Point
+from sidt.files import replacing
+from sidt.space.plan import DimensionPlan
+
+matplotlib.use("Agg")
+
+
+def plot_kept(plan: DimensionPlan, path: Path) -> None:
+    """Draw the kept share of every dimension: one row a kind, one column a block."""
+    space, sizes = plan.space, plan.sizes
+    kinds = [k for k in ("heads", "qk", "v", "mlp", "width") if any(d.kind == k for d in space.dimensions.values())]
+    blocks = space.blocks()
+    figure = Figure(figsize=(1.6 + 0.62 * max(len(blocks), 6), 1.2 + 0.55 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    grid = np.full((len(kinds), len(blocks)), np.nan)
+    for dimension in space.dimensions.values():
+        columns = [i for i, b in enumerate(blocks) if b[: len(dimension.index)] == dimension.index]
+        for column in columns:
+            row = kinds.index(dimension.kind)
+            size = sizes[dimension.name] if dimension.per is None or sizes[dimension.per] else 0
+            grid[row, column] = size / max(dimension.size, 1)
+            axes.text(
+                column,
+                row,
+                str(size),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if grid[row, column] > 0.45 else "white",
+            )
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(blocks)), [".".join(map(str, b)) for b in blocks])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("block")
+    axes.set_title("units kept (q/k and v: per head)")
+    figure.colorbar(image, ax=axes, label="share kept")
+    _save(figure, path)
+
+
+def plot_search(values: Sequence[float], plain: float, dense: float | None, score: str, path: Path) -> None:
+    """Draw the score of every trial, the best so far, the plain ranking and the dense model."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(len(values)), values, "o", markersize=4, alpha=0.6, label="trial")
+    axes.step(range(len(values)), np.maximum.accumulate(values), where="post", label="best so far")
+    axes.axhline(plain, linestyle="--", color="gray", label="plain ranking")
+    if dense is not None:
+        axes.axhline(dense, linestyle=":", color="black", label="dense")
+    axes.set_xlabel("trial")
+    axes.set_ylabel(score)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_front(
+    front: Sequence[Point],
+    trials: Sequence[tuple[float, float, bool]],
+    dense: float,
+    kind: str,
+    score: str,
+    path: Path,
+) -> None:
+    """Draw the curve of a Pareto search: score against the part of the dense model's cost.
+
+    Args:
+        front: the curve.
+        trials: of each its share, its score, and whether it is the plain ranking.
+        dense: the dense model's score.
+        kind: what the share is of.
+        score: what the score is.
+        path: the picture.
+    """
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*((100 * share, value) for share, value, _ in trials), strict=True), ".", color="C7", label="trial")
+    plain = sorted((100 * share, value) for share, value, is_plain in trials if is_plain)
+    if plain:
+        axes.plot(*zip(*plain, strict=True), "s--", color="C1", markersize=4, label="plain ranking")
+    axes.plot(
+        [100 * p.share for p in front], [p.value for p in front], "o-", color="C0", markersize=4, label="best found"
+    )
+    axes.axhline(dense, linestyle=":", color="black", label="dense")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"{kind} left, in %")
+    axes.set_ylabel(score)
+    low = min([dense, *(p.value for p in front), *(value for _, value in plain)])
+    high = max([dense, *(value for _, value, _ in trials)])
+    axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
