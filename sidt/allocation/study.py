@@ -303,7 +303,7 @@ def _name(importance: Importance, budget: Budget, rules: Rules, pareto: str, lab
     bounds = {k: v for k, v in asdict(budget).items() if v is not None or k != "latency"}  # names from before it stay
     if pareto:  # the curve is the same for all budgets
         bounds = {}
-    made_of = [importance.space.sizes, bounds, asdict(rules), pareto or False, label]
+    made_of = [importance.space.sizes, bounds, _made_of(rules), pareto or False, label]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     for scores in importance.scores.values():
         digest.update(np.ascontiguousarray(scores).tobytes())
@@ -333,3 +333,8 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(level)
+
+
+def _made_of(rules: Rules) -> dict[str, Any]:
+    """The rules, but for what they did not have when earlier studies were named."""
+    return {name: value for name, value in asdict(rules).items() if name != "uniform" or value}
