@@ -20,6 +20,7 @@ ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sid
 ONLY = {
     "optuna": {"sidt.allocation.study"},
     "timm": {"sidt.surgery.attention", "sidt.training.data", "sidt.training.loop", "sidt.export.models"},
+    "huggingface_hub": {"sidt.export.hub", "sidt.runs.card"},
     "mmdet": {"sidt.detection"},
     "mmcv": {"sidt.detection"},
     "mmengine": {"sidt.detection"},

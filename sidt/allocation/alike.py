@@ -93,7 +93,8 @@ def sizes_alike(
         return [(n, value, costs.of(sizes)[bounded], lost(sizes)) for n, value, sizes in found]
 
     while ((used := costs.of(at())[bounded]) > limit).any():
-        now, best = lost(at()), (np.inf, None, 0)
+        now = lost(at())
+        best: tuple[float, _Number | None, int] = (np.inf, None, 0)
         able = [step for step in moved(up=False) if ((used - step[2]) @ ((used > limit) / costs.dense[bounded])) > 0]
         near = [s for s in able if (s[2] > limit).any() or (s[2] >= 0.95 * limit).any()]  # not far below if need be
         for number, value, cost, then in near or able:
@@ -124,8 +125,8 @@ def _numbers(
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, dimension in enumerate(dimensions):
         if dimension.kind != "width":
-            kind = "head size" if dimension.kind in ("qk", "v") else dimension.kind
-            groups.setdefault((kind, dimension.index[:-1]), []).append(i)
+            group = "head size" if dimension.kind in ("qk", "v") else dimension.kind
+            groups.setdefault((group, dimension.index[:-1]), []).append(i)
     tied, numbers, frozen = [], [], set()
     for name in space.tied:
         stage = dimensions[column[name]].index

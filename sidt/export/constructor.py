@@ -23,7 +23,7 @@ from sidt.space.space import DimensionSpace, space_for
 def to_timm(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     """Write a model as one of timm's own, for ``timm.create_model(name, **args)`` and safetensors alone.
 
-    The folder is a checkpoint for :func:`sidt.load` and :func:`sidt.push` too, and one that timm reads by itself:
+    The folder is a checkpoint for :func:`sidt.load` and ``sidt push`` too, and one that timm reads by itself:
     ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:OWNER/NAME"`` once it is there.
 
     Args:
