@@ -64,7 +64,7 @@ def _commit(name, index):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # so that no connection outlives the server
 
     def log_message(self, *_):
         pass

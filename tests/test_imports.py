@@ -28,6 +28,7 @@ ONLY = {
         "sidt.training.loop",
         "sidt.export.models",
     },
+    "huggingface_hub": {"sidt.export.hub", "sidt.runs.card"},
     "mmdet": {"sidt.detection"},
     "mmcv": {"sidt.detection"},
     "mmengine": {"sidt.detection"},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from sidt.allocation.alike import sizes_alike
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import STEP, LayerLatencies, TimedPlanCosts
@@ -37,6 +38,8 @@ class Rules:
         min_units: the least units of every dimension; with 0, heads and mlp may go to none and their sublayer with
             them, the others keep one.
         round_to: sizes of qk, v, mlp and width become multiples of this, or stay whole; heads are counted singly.
+        uniform: whether all blocks (of a stage) get the same sizes, with q/k as large as v, and a width as wide as its
+            heads together where the constructor makes it so. Then no sublayer goes.
 
     Raises:
         InputError: a kind is unknown, or a number is too small.
@@ -46,11 +49,14 @@ class Rules:
     freeze: tuple[str, ...] = ()
     min_units: int = 1
     round_to: int = 1
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
         if self.kinds is not None and (not self.kinds or not set(self.kinds) <= set(KINDS)):
             raise InputError(f"kinds is {list(self.kinds)}; choose from {', '.join(KINDS)}")
+        if self.uniform and not self.min_units:
+            raise InputError("min_units is 0, but with uniform no sublayer can go; set it to 1")
         for name, least in {"min_units": 0, "round_to": 1}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -84,6 +90,7 @@ def allocate(
     freeze: Iterable[str] = (),
     min_units: int = 1,
     round_to: int = 1,
+    uniform: bool = False,
     multipliers: Mapping[str, float] | None = None,
     sizes: Mapping[str, int] | None = None,
     latencies: LayerLatencies | None = None,
@@ -96,10 +103,11 @@ def allocate(
     Args:
         importance: a score for every unit.
         budget: what the plan may cost.
-        kinds: see :class:`Rules`; as are the next three.
+        kinds: see :class:`Rules`; as are the next four.
         freeze: patterns of dimensions that stay whole.
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
+        uniform: the same sizes in every block.
         multipliers: factors on the scores of whole dimensions, by name.
         sizes: of dimensions whose size is given, by name; the rest of the budget is left to the others.
         latencies: of the layers, for a budget with a latency. Sizes are then multiples of 8 too: a kernel takes as
@@ -109,7 +117,7 @@ def allocate(
         InputError: a pattern matches nothing, or the budget cannot be met; it names the smallest reachable value. Or
             it has a latency, and there are no latencies, or a width is to shrink that they do not cover.
     """
-    rules = Rules(None if kinds is None else tuple(kinds), tuple(freeze), min_units, round_to)
+    rules = Rules(None if kinds is None else tuple(kinds), tuple(freeze), min_units, round_to, uniform)
     costs = PlanCosts(importance.space)
     if budget.latency is not None and latencies is not None:
         if unknown := sorted(rules.free(importance.space) - latencies.timed):
@@ -120,6 +128,11 @@ def allocate(
         rules = stepped(rules)
         costs = TimedPlanCosts(importance.space, latencies)
     state = _Allocation(importance, costs, rules, multipliers or {}, sizes or {})
+    if uniform:
+        free = rules.free(importance.space) - set(sizes or {})
+        found = sizes_alike(importance.space, costs, budget, state.lost_at, free, rules.round_to)
+        state.size = np.array([found[d.name] for d in state.dims], dtype=np.int64)
+        return state.plan()
     state.shrink(budget)
     return state.plan()
 
@@ -200,6 +213,16 @@ class _Allocation:
         if dimension.per is None:
             return float(step)
         return float(step[self.order[dimension.per][: self.size[self.column[dimension.per]]]].sum())
+
+    def lost_at(self, sizes: Array) -> float:
+        """Score that is lost at some sizes of all dimensions."""
+        total = 0.0
+        for i, dimension in enumerate(self.dims):
+            lost = self.lost[dimension.name][..., sizes[i]]
+            if dimension.per is not None:
+                lost = lost[self.order[dimension.per][: sizes[self.column[dimension.per]]]]
+            total += float(lost.sum())
+        return total
 
     def _set(self, i: int, size: int) -> None:
         """Change a size, and bring what depends on it up to date."""

@@ -28,6 +28,8 @@ def knobs_of(space: DimensionSpace, rules: Rules) -> dict[str, tuple[float, floa
     free = [d for d in space.dimensions.values() if d.name in rules.free(space)]
     kinds = [k for k in KINDS[1:] + KINDS[:1] if any(d.kind == k and not d.ordered for d in free)]
     names = [f"kind.{kind}" for kind in kinds[1:]]
+    if rules.uniform:  # a width follows from the heads, and all depths have one size
+        return dict.fromkeys(names, (-_LOG2_RANGE, _LOG2_RANGE))
     names += [f"depth.{depth}" for depth in range(1, min(_DEPTHS, len(space.blocks())))]
     width = {WIDTH: _WIDTH_RANGE} if any(d.ordered for d in free) else {}
     return width | dict.fromkeys(names, (-_LOG2_RANGE, _LOG2_RANGE))
@@ -56,7 +58,7 @@ def plan_at(
     rules, space = rules or Rules(), importance.space
     options: dict[str, Any] = {**asdict(rules), "latencies": latencies}
     factor, sizes = knobs.get(WIDTH, 0.0), {}
-    if factor:
+    if factor and not rules.uniform:
         plain, near = allocate(importance, budget, **options).sizes, stepped(rules) if latencies else rules
         free = [name for name in space.rotated() if name in rules.free(space)]
         sizes = {n: _near(plain[n] * 2.0**factor, space.sizes[n], near) for n in free}

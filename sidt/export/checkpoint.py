@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save as dump_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from sidt.errors import InputError
 from sidt.export.comparison import difference_between
@@ -53,7 +53,7 @@ def save(
     name = name or name_of(model)
     if name is None:
         raise InputError(f"this {type(model).__name__} does not say its timm name; pass name= to save")
-    args = _as_json(own_args(model) if args is None else args)
+    args = as_json(own_args(model) if args is None else args)
     state = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
     rotated = tuple(getattr(model, "sidt_rotated", ()))  # the widths whose units stand in order
     rebuilt, plan = _rebuilt(name, args, rotated, getattr(model, "sidt_plan", None))
@@ -68,20 +68,34 @@ def save(
             f"timm.create_model({name!r}, **{args}) does not rebuild this model: {difference}; pass the keyword "
             f"arguments that it was created with as args="
         )
-    config: dict[str, Any] = {"format": _FORMAT, "model": name, "args": args}
+    config: dict[str, Any] = {"model": name, "args": args}
     if rotated:
         config["rotated"] = list(rotated)
     if preparation := _preparation(model, rebuilt):
         config["preprocessing"] = preparation
-    folder = Path(folder)
+    write(Path(folder), config, plan, state)
+
+
+def write(folder: Path, config: Mapping[str, Any], plan: DimensionPlan, state: Mapping[str, Tensor]) -> None:
+    """Write the files of a checkpoint, whole before the first of them replaces an older one.
+
+    Args:
+        folder: where to write; made if needed.
+        config: model and args, and what else belongs there.
+        plan: what is kept of the model that these build.
+        state: the weights.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     with (
         replacing(folder / "config.json") as config_file,
         replacing(folder / "plan.json") as plan_file,
         replacing(folder / "model.safetensors") as weights_file,
     ):
-        config_file.write_text(dump_json(config), encoding="utf-8")
+        config_file.write_text(dump_json({"format": _FORMAT, **config}), encoding="utf-8")
         plan_file.write_text(dump_json(plan.to_json()), encoding="utf-8")
-        weights_file.write_bytes(dump_tensors(state, metadata={"format": "pt"}))
+        weights_file.write_bytes(dump_tensors(dict(state), metadata={"format": "pt"}))
 
 
 def _rebuilt(
@@ -107,7 +121,7 @@ def _preparation(model: nn.Module, rebuilt: nn.Module) -> dict[str, Any]:
     return {key: own[key] for key in PREPARATION if key in own and own[key] != usual.get(key)}
 
 
-def _as_json(args: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as they come back from the file."""
     for key, value in args.items():
         try:

@@ -37,6 +37,11 @@ def difference_between(model: nn.Module, other: nn.Module) -> str | None:
             if found := _attribute(a, b):
                 attribute, seen, rebuilt = found
                 return f"{f'{name}.' if name else ''}{attribute} is {seen}, and {rebuilt} when it is rebuilt"
+    return difference_of_outputs(model, other)
+
+
+def difference_of_outputs(model: nn.Module, other: nn.Module) -> str | None:
+    """How what two models make of one random image differs, in words; ``None`` if it does not."""
     outputs, again = (list(_tensors(_answer(m, model))) for m in (model, other))
     if [t.shape for t in outputs] != [t.shape for t in again]:
         return "its output has another shape when it is rebuilt"

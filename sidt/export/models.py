@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 from timm.models import get_model_args, get_pretrained_cfg, resolve_model_input_args
+from timm.models import save_for_hf as save_as_timm
 from torch import nn
 
 from sidt.errors import InputError
 from sidt.export.hub import download, one_line, repository_in
+from sidt.files import read_json
 from sidt.space.trace import InputSize
 
 
@@ -69,3 +73,10 @@ def name_of(model: nn.Module) -> str | None:
     except RuntimeError:  # a tag of somebody's own
         return str(name)
     return f"{name}.{tag}" if tag and usual and own and usual.tag != own.tag else str(name)
+
+
+def hub_config(model: nn.Module) -> dict[str, Any]:
+    """What timm writes to the ``config.json`` of a model of its own, and reads from there and from the hub."""
+    with TemporaryDirectory() as folder:
+        save_as_timm(model, folder, safe_serialization=True)
+        return dict(read_json(Path(folder) / "config.json"))

@@ -117,7 +117,7 @@ def slicer_of(model: nn.Module, moments: Moments | None) -> Slicer:
 def rules_of(config: RunConfig) -> Rules:
     """What allocation may do."""
     search = config.search
-    return Rules(search.kinds, search.freeze, search.min_units, search.round_to)
+    return Rules(search.kinds, search.freeze, search.min_units, search.round_to, search.uniform)
 
 
 def steps_of(config: RunConfig) -> int:

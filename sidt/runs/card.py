@@ -21,6 +21,13 @@ from sidt.space.space import space_for
 
 _PICTURES = {"kept.png": "units kept", "search.png": "search"}
 _PAPER = "https://arxiv.org/abs/2204.07722"
+_WITH_TIMM = """timm builds it by itself too:
+
+```python
+import timm
+
+model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
+```"""
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -51,13 +58,22 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     files: dict[str, Path | bytes] = {name: own / name for name in FILES}
     pictures = [name for name in _PICTURES if config is not None and (folder / name).is_file()]
     files |= {name: folder / name for name in pictures}
-    files["README.md"] = card(model, repository, folder, config, pictures).encode()
+    by_timm = "architecture" in read_json(own / "config.json")
+    files["README.md"] = card(model, repository, folder, config, pictures, by_timm=by_timm).encode()
     address = upload(repository, files, private=private, message="A model made smaller by SiDT")
     which = "checkpoint" if config is None else "fine-tuned model" if own == folder else "sliced model"
     return f"{which} of {sum(p.numel() for p in model.parameters()):,} parameters -> {address}"
 
 
-def card(model: nn.Module, repository: str, folder: Path, config: RunConfig | None, pictures: list[str]) -> str:
+def card(
+    model: nn.Module,
+    repository: str,
+    folder: Path,
+    config: RunConfig | None,
+    pictures: list[str],
+    *,
+    by_timm: bool = False,
+) -> str:
     """The model card of a checkpoint, as the text of its README.md.
 
     Args:
@@ -66,6 +82,7 @@ def card(model: nn.Module, repository: str, folder: Path, config: RunConfig | No
         folder: of the run; or of the checkpoint, which has nothing measured.
         config: of the run.
         pictures: those of the run that go with it.
+        by_timm: whether timm builds it by itself (:func:`sidt.export.to_timm`).
     """
     plan: DimensionPlan | None = getattr(model, "sidt_plan", None)
     space = space_for(model) if plan is None else plan.space
@@ -76,19 +93,29 @@ def card(model: nn.Module, repository: str, folder: Path, config: RunConfig | No
     size = ", ".join(map(str, dense.input_size))
     parts = [
         f"# {repository.split('/')[1]}",
-        f"timm's `{source}`, made smaller by [SiDT]({_PAPER}): {small.params:,} of its {dense.params:,} parameters and "
-        f"{small.macs:,} of its {dense.macs:,} multiply-adds are left. It is a dense model of plain timm layers.",
+        _size(source, dense, None if plan is None else small),
         "```python\n"
         "# pip install sidt\n"
         "import sidt\nimport torch\n\n"
         f'model = sidt.load("hf-hub:{repository}")\n'
         f"logits = model(torch.zeros(1, {size}))\n```",
+        *([_WITH_TIMM.format(repository=repository)] if by_timm else []),
         *([] if config is None else [_how(config)]),
         *([reporting.results_table(rows, "md"), _measured(rows, config)] if rows and config is not None else []),
         *(f"![{_PICTURES[name]}]({name})" for name in pictures),
         _costs(dense, None if plan is None else small),
     ]
-    return f"---\n{_metadata(model, repository, config, rows)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_metadata(model, repository, config, rows, by_timm)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _size(source: str, dense: ComplexityReport, small: ComplexityReport | None) -> str:
+    made = f"made smaller by [SiDT]({_PAPER})"
+    if small is None:
+        return f"timm's `{source}`, {made}: {dense.params:,} parameters and {dense.macs:,} multiply-adds."
+    return (
+        f"timm's `{source}`, {made}: {small.params:,} of its {dense.params:,} parameters and {small.macs:,} of its "
+        f"{dense.macs:,} multiply-adds are left. It is a dense model of plain timm layers."
+    )
 
 
 def _how(config: RunConfig) -> str:
@@ -113,7 +140,7 @@ def _costs(dense: ComplexityReport, sliced: ComplexityReport | None) -> str:
     return reporting.complexity_text(dense, sliced, "md")
 
 
-def _metadata(model: nn.Module, repository: str, config: RunConfig | None, rows: dict[str, Any]) -> str:
+def _metadata(model: nn.Module, repository: str, config: RunConfig | None, rows: dict[str, Any], by_timm: bool) -> str:
     """The YAML before a card, which the hub reads."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     results = None
@@ -131,7 +158,7 @@ def _metadata(model: nn.Module, repository: str, config: RunConfig | None, rows:
         ]
     return str(
         ModelCardData(
-            library_name="sidt",
+            library_name="timm" if by_timm else "sidt",  # the hub shows how to load it
             pipeline_tag="image-classification" if getattr(model, "num_classes", 0) else "image-feature-extraction",
             tags=["sidt", "timm", "pruning", "model-compression", "vision-transformer"],
             base_model=cfg.get("hf_hub_id") if config is not None and config.model.pretrained else None,

@@ -91,6 +91,7 @@ class SearchConfig(_Strict):
         freeze: patterns of dimensions that stay whole.
         min_units: the least units of a dimension; 0 lets heads and mlp go to none.
         round_to: what sizes are multiples of.
+        uniform: the same sizes in every block, as timm's constructors take them.
     """
 
     trials: int = Field(default=40, ge=1)
@@ -106,6 +107,7 @@ class SearchConfig(_Strict):
     freeze: tuple[str, ...] = ()
     min_units: int = Field(default=1, ge=0)
     round_to: int = Field(default=1, ge=1)
+    uniform: bool = False
 
 
 class RunConfig(_Strict):

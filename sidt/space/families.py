@@ -56,6 +56,7 @@ class Family:
             reads it. If none of them is there, it goes out.
         scales: templates of the scales on a width, each with that of the one layer whose output it scales.
         padded: templates of the norms between which and their readers zeros are put beside the tokens.
+        tied: axes that the model's constructor makes of the heads and their size.
     """
 
     file: Path
@@ -67,6 +68,7 @@ class Family:
     norms: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[str, ...]]
     padded: tuple[str, ...]
+    tied: tuple[str, ...] = ()
 
     def within(self, prefix: str) -> "Family":
         """The same of a model inside another, where the names of its modules begin with a prefix."""
@@ -114,13 +116,13 @@ def read_family(file: Path) -> Family:
         raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
-    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales", "padded"}
+    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales", "padded", "tied"}
     if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | more:
         raise InputError(
             f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards, "
-            f"norms, scales, padded)"
+            f"norms, scales, padded, tied)"
         )
-    shapes = {"models": list, "forwards": str, "padded": list}
+    shapes = {"models": list, "forwards": str, "padded": list, "tied": list}
     kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
     for section, content in tree.items():
         shape = shapes.get(section, dict)
@@ -130,8 +132,9 @@ def read_family(file: Path) -> Family:
     attributes = _lines(tree.get("attributes", {}))
     forwards = tree.get("forwards", "sidt.surgery.attention")
     norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
-    parameters, padded = _lines(tree["parameters"]), tuple(map(str, tree.get("padded", ())))
-    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales, padded)
+    parameters = _lines(tree["parameters"])
+    padded, tied = (tuple(map(str, tree.get(section, ()))) for section in ("padded", "tied"))
+    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales, padded, tied)
 
 
 def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

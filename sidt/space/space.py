@@ -70,6 +70,7 @@ class DimensionSpace:
         trace: what one image costs.
         streams: for each width, how it can be rotated, or why it cannot.
         counted: the start of the names of the places whose costs count; empty: all.
+        tied: widths that the model's constructor makes of the heads and their size.
     """
 
     model: str
@@ -82,6 +83,7 @@ class DimensionSpace:
     trace: Trace
     streams: Mapping[str, Stream | str]
     counted: str = ""
+    tied: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -298,6 +300,7 @@ def space_for(
         cost,
         {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"}
         | _pooled_by_maximum(model, places),
+        tied=tuple(name for name in dimensions if name.split(".")[0] in family.tied),
     )
 
 

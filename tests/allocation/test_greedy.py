@@ -210,3 +210,55 @@ def test_larger_budgets_keep_more(backbone):
     scores = random_scores(backbone, 1)
     small, large = (cost(allocate(scores, Budget(params=p)))[0][0] for p in (0.5, 0.8))
     assert small < large
+
+
+def alike(space, sizes):
+    """The sizes of each kind in each stage."""
+    found = {}
+    for name, dimension in space.dimensions.items():
+        if dimension.kind != "width":
+            found.setdefault((dimension.kind, dimension.index[:-1]), set()).add(sizes[name])
+    return found
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
+@pytest.mark.parametrize("backbone", FAMILIES, ids=str)
+def test_uniform_sizes_are_the_same_in_every_block(backbone, share):
+    scores = random_scores(backbone, 0)
+    space = scores.space.ordered([n for n, d in scores.space.dimensions.items() if d.kind == "width"])
+    scores = Importance(space, scores.scores)
+    plan = allocate(scores, Budget(params=share), uniform=True)
+    used, whole = cost(plan)
+    assert 0.95 * share < used[0] / whole[0] <= share
+    found = alike(space, plan.sizes)
+    assert all(len(sizes) == 1 for sizes in found.values())
+    stages = {stage for _, stage in found}
+    assert all(found["qk", stage] == found["v", stage] for stage in stages)
+    for name in space.tied:
+        stage = space.dimensions[name].index
+        assert plan.sizes[name] == min(found["heads", stage]) * min(found["v", stage])
+    if backbone is SWIN:
+        assert not space.tied
+        assert [plan.sizes[f"embed.{s}"] for s in range(4)] == [plan.sizes["embed.0"] * 2**s for s in range(4)]
+
+
+def test_uniform_keeps_the_rules_and_the_best_units():
+    scores = random_scores(VIT_TINY, 0)
+    space = scores.space.ordered(["embed"])
+    plan = allocate(Importance(space, scores.scores), Budget(params=0.5), uniform=True, round_to=8)
+    assert all(plan.sizes[n] % 8 == 0 for n, d in space.dimensions.items() if d.kind != "heads")
+    best = np.argsort(-scores.scores["hidden.0"], kind="stable")[: plan.sizes["hidden.0"]]
+    assert set(plan.keep["hidden.0"]) == set(best)
+    frozen = allocate(Importance(space, scores.scores), Budget(params=0.7), uniform=True, freeze=["hidden.1"])
+    assert frozen.sizes["hidden.0"] == space.sizes["hidden.0"]
+
+
+def test_uniform_without_a_width_that_may_shrink():
+    """timm makes the width of the heads and their size, so these stay too."""
+    scores = random_scores(VIT_TINY, 0)
+    plan = allocate(scores, Budget(params=0.6), uniform=True)
+    assert plan.sizes["heads.0"] == 3 and plan.sizes["qk.0"] == 64 and plan.sizes["hidden.0"] < 768
+    with pytest.raises(InputError, match="same sizes in every block"):
+        allocate(scores, Budget(params=0.2), uniform=True)
+    with pytest.raises(InputError, match="min_units"):
+        allocate(scores, Budget(params=0.6), uniform=True, min_units=0)

@@ -11,6 +11,7 @@ from hub import TOKEN, serving, use
 from huggingface_hub import constants
 
 import sidt
+from sidt.export import to_timm
 from sidt.export.hub import repository_in, upload
 from sidt.export.models import create_model
 from sidt.files import dump_json
@@ -194,8 +195,19 @@ def test_a_token_in_an_answer_is_not_shown(hub, monkeypatch, refused):
         upload(REPOSITORY, {"a": b"b"}, private=False, message="a")
 
 
-def test_timm_is_not_what_the_card_promises(folder, tmp_path):
-    """A sliced model has sizes that timm's constructors do not take: timm must not be told to try."""
-    assert "architecture" not in json.loads((folder / "config.json").read_text())
+def test_a_model_that_timm_builds_by_itself(hub, tmp_path):
+    """One of uniform sizes; of any other, timm is not told to try."""
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=48, num_heads=2, depth=1, img_size=32, num_classes=3)
+    to_timm(model, tmp_path / "small")
+    push(tmp_path / "small", REPOSITORY)
+    card = hub.files(REPOSITORY)["README.md"].decode()
+    assert "library_name: timm" in card and f'timm.create_model("hf-hub:{REPOSITORY}", pretrained=True)' in card
+    images = torch.randn(1, 3, 32, 32)
+    expected = model.eval()(images)
+    assert torch.equal(timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).eval()(images), expected)
+    assert torch.equal(sidt.load(REPOSITORY)(images), expected)
+
+
+def test_timm_does_not_build_what_its_constructors_do_not_take(folder):
     with pytest.raises((KeyError, RuntimeError)):
         timm.create_model(f"local-dir:{folder}")
