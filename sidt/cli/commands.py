@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidt.cli.detect import detect, detection, names_a_detector
+from sidt.cli.export import export
 from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, together
 from sidt.errors import InputError
 
@@ -30,6 +31,7 @@ def cli() -> None:
 
 
 cli.add_command(detect)
+cli.add_command(export)
 
 
 _STEP = together(SOURCE, OUT, _SET, DEVICE)  # the arguments that every step of a run has
