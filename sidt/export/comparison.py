@@ -41,9 +41,21 @@ def ready(model: nn.Module) -> nn.Module:
 
 
 def example(model: nn.Module, input_size: InputSize | None, *, dynamic_batch: bool) -> Tensor:
-    """The images that the exporter traces: one, or two where a batch may have any size (one would stay one)."""
+    """The images that the exporter traces: one, or two where a batch may have any size (one would stay one).
+
+    Raises:
+        InputError: the model does not take images of that size.
+    """
     size = input_size or input_size_of(model)
-    return torch.randn(2 if dynamic_batch else 1, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2 if dynamic_batch else 1, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        outputs_of(model, images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{type(model).__name__} does not take an input of {'x'.join(map(str, size))}: {reason}"
+        ) from None
+    return images
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
