@@ -46,6 +46,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` in one step."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_file(path: Path) -> None:
+    """Say now, and not after long work, that a file cannot be written.
+
+    Raises:
+        InputError: ``path`` is a folder, or lies in one that cannot be written to.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; name a file in it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"cannot write {path}: {nearest} is not a folder that can be written to; choose another")
+
+
 def dump_json(value: Any) -> str:
     """``value`` as the text of a JSON file."""
     return json.dumps(value, indent=1) + "\n"

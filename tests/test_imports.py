@@ -32,7 +32,9 @@ ONLY = {
     "mmdet": {"sidt.detection"},
     "mmcv": {"sidt.detection"},
     "mmengine": {"sidt.detection"},
-    "onnx": set(),
+    "onnx": {"sidt.export.onnx"},
+    "onnxscript": {"sidt.export.onnx"},
+    "onnxruntime": {"sidt.export.onnx"},
 }
 BACKBONES = ("VisionTransformer", "SwinTransformer", "PyramidVision", "WindowAttention", "timm.models.")
 

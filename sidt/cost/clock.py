@@ -3,9 +3,10 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from sidt.space.space import DimensionSpace
 from sidt.space.trace import Forward
 
+_TURN = 0.02  # seconds of a turn: short calls are repeated
+
 
 def whereabouts(model: nn.Module, space: DimensionSpace, batch: int) -> dict[str, Any]:
     """What a latency depends on besides the plan, for a model on its device."""
     device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     clock = {time.thread_time: "the thread's own", time.perf_counter: "wall"}[_cpu_clock()]
     return {
         "machine": name,
@@ -31,7 +34,8 @@ def whereabouts(model: nn.Module, space: DimensionSpace, batch: int) -> dict[str
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU, and its cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -44,6 +48,34 @@ def _cpu_clock() -> Callable[[], float]:
     """With one thread its own time, in which other programs do not show; else, or where that is coarse, the wall's."""
     fine = time.get_clock_info("thread_time").resolution <= 1e-6
     return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 15, seconds: float = 20.0
+) -> dict[str, float]:
+    """Median milliseconds of some calls on the CPU, timed in turn, so that a busy machine slows all of them alike.
+
+    Args:
+        calls: what is timed, by name.
+        rounds: how often each has its turn; fewer, but three at least, where they would take longer than ``seconds``.
+        seconds: see ``rounds``.
+    """
+    clock, end = _cpu_clock(), time.perf_counter() + seconds
+    repeats, found = {}, {name: list[float]() for name in calls}
+    for name, call in calls.items():
+        call()  # warm-up
+        begin = clock()
+        call()
+        repeats[name] = max(1, int(_TURN / max(clock() - begin, 1e-6)))
+    for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            begin = clock()
+            for _ in range(repeats[name]):
+                call()
+            found[name].append((clock() - begin) / repeats[name] * 1e3)
+    return {name: median(times) for name, times in found.items()}
 
 
 def _mark(device: torch.device) -> Any:

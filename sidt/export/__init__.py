@@ -1,4 +1,4 @@
-"""What leaves the house: checkpoint folders of JSON and safetensors.
+"""What leaves the house: checkpoint folders of JSON and safetensors, ONNX files, torch.export's files.
 
 ``__init__.pyi`` names what is public here; it is loaded on first use.
 """

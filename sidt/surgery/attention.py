@@ -46,7 +46,7 @@ class Forward:
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, N, heads * size] -> [B, heads, N, size]."""
-    return torch.unflatten(x, -1, [num_heads, -1]).transpose(1, 2)
+    return x.unflatten(-1, [num_heads, -1]).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def split_qkv(qkv: Tensor, num_heads: int, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,8 @@ def attend(
     size = v.shape[-1]
     trained = mask is not None and mask.requires_grad
     fused = True
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # CPU has the same switch as CUDA; no compiler can read it
+    # CPU has the same switch as CUDA; no compiler can read it.
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         fused = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
     if q.device.type == "cpu" and fused and not trained and q.shape[-1] != size:
         missing = size - q.shape[-1]

@@ -1,0 +1,113 @@
+"""``sidt export`` on a run folder, a checkpoint folder and a timm model, and what it refuses."""
+
+import re
+
+import onnxruntime
+import pytest
+import torch
+import yaml
+from backbones import random_plan, shake
+from torch.testing import assert_close
+
+import sidt
+from sidt.export.models import create_model
+from sidt.runs import exports
+
+torch_file = torch.export.load
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A run that is sliced and not fine-tuned; no trial, no training."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    config = tiny["model"]
+    dense = shake(create_model(config["name"], config["args"])).eval()
+    sidt.save(dense, folder / "dense", **config)
+    sidt.save(sidt.slice_model(dense, random_plan(sidt.space_for(dense), 0)), folder / "sliced", **config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
+    return folder
+
+
+def rows(text):
+    """The cells of each row, by the first."""
+    table = [re.split(r"\s{2,}", line.strip()) for line in text.split("\n\n")[0].splitlines()]
+    assert table[0][0] == "model"
+    return {name: cells for name, *cells in table[2:]}
+
+
+def test_a_run_gives_its_sliced_model_beside_the_dense_one(run, sidt_command):
+    code, out, err = sidt_command("export", run, "--to", "onnx", "--dynamic-batch")
+    assert code == 0, err
+    found = rows(out)
+    assert list(found) == ["dense", "sliced"] and str(run / "model.onnx") in out and "any batch of 3x16x16" in out
+    dense, sliced = (int(cells[0].replace(",", "")) for cells in found.values())
+    assert sliced < dense and (run / "model.onnx").stat().st_size == sliced
+    assert all(float(cells[1]) > 0 and float(cells[2]) > 0 and float(cells[3]) < 1e-4 for cells in found.values())
+    images = torch.randn(3, 3, 16, 16)
+    session = onnxruntime.InferenceSession(run / "model.onnx")
+    with torch.no_grad():
+        expected = sidt.load(run / "sliced")(images)
+    assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fine_tuned_run_and_a_checkpoint_leave_for_torch(run, sidt_command, tiny, tmp_path):
+    tuned = tmp_path / "run"
+    tuned.mkdir()
+    (tuned / "config.yaml").write_text((run / "config.yaml").read_text())
+    model = shake(sidt.load(run / "sliced"))
+    sidt.save(model, tuned, **tiny["model"])
+    code, out, err = sidt_command("export", tuned, "--to", "torch")
+    assert code == 0, err
+    assert list(rows(out)) == ["fine-tuned"] and (tuned / "model.pt2").is_file()
+    code, out, err = sidt_command("export", run / "dense", "--to", "torch", "--out", tmp_path / "new" / "dense.pt2")
+    assert code == 0 and list(rows(out)) == ["dense"], err
+    image = torch.randn(1, 3, 16, 16)
+    for file, expected in ((tuned / "model.pt2", model), (tmp_path / "new" / "dense.pt2", sidt.load(run / "dense"))):
+        with torch.no_grad():
+            assert_close(torch_file(file).module()(image), expected(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_model_by_name(sidt_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("--random-weights", "--to", "torch", "--input", "3x64x64")
+    code, out, err = sidt_command("export", "pvt_v2_b0", *small)
+    assert code == 0 and (tmp_path / "pvt_v2_b0.pt2").is_file() and "3x64x64" in out, err
+
+
+def test_a_timm_model_has_its_published_weights(mistake, tmp_path, monkeypatch):
+    """Without a network they cannot be had, and a model of noise must not leave instead."""
+    asked = {}
+
+    def no_network(name, pretrained=False, **args):
+        asked.update(name=name, pretrained=pretrained)
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", no_network)
+    mistake("export", "vit_tiny_patch16_224", says=["vit_tiny_patch16_224", "cannot reach the hub"])
+    assert asked == {"name": "vit_tiny_patch16_224", "pretrained": True} and not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_line_and_leave_nothing(run, mistake, tmp_path, monkeypatch):
+    out = tmp_path / "out.onnx"
+    mistake("export", run, "--out", out, "--fp16", "--int8", says=["--fp16", "--int8"])
+    mistake("export", run, "--out", out, "--opset", 9, says=["opset 9", "18"])
+    mistake("export", run, "--out", out, "--to", "torch", "--opset", 18, says=["--to torch"])
+    mistake("export", run, "--out", out, "--to", "tflite", says=["tflite"])
+    mistake("export", run, "--out", out, "--input", "32", says=["--input", "32"])
+    mistake("export", run, "--out", out, "--input", "3x8x8", says=["3x8x8"])
+    mistake("export", run, "--out", out, "--random-weights", says=["--random-weights"])
+    mistake("export", run, "--out", out, "--part", "detector", says=["--part detector", run])
+    mistake("export", "no_such_model", "--out", out, says=["no_such_model"])
+    mistake("export", run.parent, "--out", out, says=[run.parent, "config.json"])
+    mistake("export", run, "--out", tmp_path, says=[tmp_path, "folder"])
+    mistake("export", run, "--out", run / "config.yaml" / "x.onnx", says=["cannot write"])
+    monkeypatch.setitem(exports.BOUNDS, "float32", 0.0)
+    mistake("export", run, "--out", out, says=["differ", "nothing is written"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_not_sliced_says_the_step(run, mistake, tmp_path):
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    mistake("export", tmp_path, says=["sidt slice"])
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
