@@ -104,10 +104,7 @@ def _asked(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         ("Budget", f"{found['budget']}{taken}"),
         ("Importance", f"{config.score.method}, on {config.score.images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if config.repair else "none"),
-        (
-            "Search",
-            f"{len(found['values']):,} trials by {config.search.sampler}, {found['pruned']:,} more stopped early",
-        ),
+        ("Search", f"{config.search.trials:,} trials by {config.search.sampler}"),
         ("Fine-tuning", tuned),
         ("Repeat with", f"sidt run {run.folder / 'config.yaml'} --out FOLDER"),
     ]
@@ -205,7 +202,8 @@ def search_section(storage: str, found: Mapping[str, Any], judged_by: str, cost:
         cost: what the curve of a Pareto search is of.
     """
     gain = f"; {found['gain']['says']}" if found["gain"] else ""
-    says = f"{len(found['values']):,} trials, judged by {judged_by}{gain}."
+    early = f" and {found['pruned']:,} that were stopped early" if found.get("pruned") else ""
+    says = f"{len(found['values']):,} trials{early}, judged by {judged_by}{gain}."
     try:
         if "study" not in found:
             raise InputError("search.json is of an earlier version and does not name its study; search again")
@@ -221,8 +219,8 @@ def _changes(run: Run, answers: Answers, final: str) -> dict[str, Any]:
     changed = before != after
     lost, won = int((changed & (before == labels)).sum()), int((changed & (after == labels)).sum())
     says = (
-        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: "
-        f"{lost:,} right ones became wrong, {won:,} wrong ones right; the others are wrong either way."
+        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: {lost:,} that "
+        f"were right are wrong, {won:,} that were wrong are right, {changed.sum() - lost - won:,} are wrong either way."
     )
     if not changed.any():
         return section("What changed", says)

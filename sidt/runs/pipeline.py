@@ -57,7 +57,6 @@ from sidt.runs.base import (
 )
 from sidt.runs.folder import PLAN, SEARCH, Run, base_model, check_one_plan, dense_model, existing, searched_plan
 from sidt.runs.images import data_of, held_out_images, sample
-from sidt.runs.page import write_page
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.compensation import refit_width
@@ -316,6 +315,8 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
+    from sidt.runs.page import write_page  # here: no other step waits for the imports of plots
+
     model = dense_model(run)
     space = space_for(model)
     plan, search_result = searched_plan(run, space), read_json(existing(run, SEARCH, "search"))
