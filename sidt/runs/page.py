@@ -202,8 +202,9 @@ def search_section(storage: str, found: Mapping[str, Any], judged_by: str, cost:
         cost: what the curve of a Pareto search is of.
     """
     gain = f"; {found['gain']['says']}" if found["gain"] else ""
-    early = f" and {found['pruned']:,} that were stopped early" if found.get("pruned") else ""
-    says = f"{len(found['values']):,} trials{early}, judged by {judged_by}{gain}."
+    pruned = found.get("pruned", 0)
+    early = f", {pruned:,} of them stopped early" if pruned else ""
+    says = f"{len(found['values']) + pruned:,} trials{early}; judged by {judged_by}{gain}."
     try:
         if "study" not in found:
             raise InputError("search.json is of an earlier version and does not name its study; search again")
@@ -219,8 +220,9 @@ def _changes(run: Run, answers: Answers, final: str) -> dict[str, Any]:
     changed = before != after
     lost, won = int((changed & (before == labels)).sum()), int((changed & (after == labels)).sum())
     says = (
-        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: {lost:,} that "
-        f"were right are wrong, {won:,} that were wrong are right, {changed.sum() - lost - won:,} are wrong either way."
+        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: {lost:,} "
+        f"that were right are wrong, {won:,} that were wrong are right, {changed.sum() - lost - won:,} are wrong either "
+        "way."
     )
     if not changed.any():
         return section("What changed", says)

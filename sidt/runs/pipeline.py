@@ -199,7 +199,8 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     if latencies is not None:
         of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
         kept += f", {latencies.milliseconds(result.plan.sizes):.2f}{of} ms by the layer table"
-    ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
+    early = f", {result.pruned} of them stopped early" if result.pruned else ""
+    ended = f"{len(finished) + result.pruned} trials{early}"
     verdict = f"; {_says(gain, config.objective)}" if gain else ""
     return f"plan with {kept} after {ended}{verdict} -> {run.folder / PLAN}"
 
@@ -345,7 +346,7 @@ def write_report(run: Run) -> str:
 
 Top-1 on the test split, with one standard error. Latency: median of one image on {next(iter(rows.values()))["device"]}.
 
-Search: {len(search_result["values"])} trials; {gain["says"]}.
+Search: {len(search_result["values"]) + search_result["pruned"]} trials; {gain["says"]}.
 
 ![units kept](kept.png)
 

@@ -1,7 +1,6 @@
 """The command line as a user types it: every step on a tiny model, and every mistake on one line."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,6 @@ import yaml
 from PIL import Image
 
 import sidt
-
-
-def trials_in(out):
-    """The trials of a search: those that finished and those that were stopped early."""
-    finished, early = re.search(r"after (\d+) trials(?: and (\d+) that were stopped early)?[ ;]", out).groups()
-    return int(finished) + int(early or 0)
 
 
 def test_the_steps_leave_a_whole_run_folder(finished):
@@ -46,7 +39,7 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
     before = (finished / "search" / "plan.json").read_bytes()
     assert before == (finished / "plan.json").read_bytes() == (finished / "sliced" / "plan.json").read_bytes()
     code, out, _ = sidt_command("search", finished)
-    assert code == 0 and trials_in(out) == 3
+    assert code == 0 and "after 3 trials" in out
     assert (finished / "search" / "plan.json").read_bytes() == before
     code, out, _ = sidt_command("search", finished, "--trials", 4)
     assert code == 0 and "after 4 trials" in out
@@ -223,7 +216,7 @@ def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
     assert code == 130 and "same command goes on" in err
     monkeypatch.setattr(pipeline, "log_likelihood", real)
     code, out, _ = sidt_command("search", finished, "--budget.params", "0.7", "--trials", 5)
-    assert code == 0 and trials_in(out) == 5
+    assert code == 0 and "after 5 trials" in out
     # What was made from the plan before is whole, and is not taken for the result of this one.
     assert sidt.load(finished)
     code, _, err = sidt_command("report", finished)
