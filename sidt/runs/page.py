@@ -219,10 +219,10 @@ def _changes(run: Run, answers: Answers, final: str) -> dict[str, Any]:
     labels, before, after = answers.labels, answers.of["dense"], answers.of[final]
     changed = before != after
     lost, won = int((changed & (before == labels)).sum()), int((changed & (after == labels)).sum())
+    rest = int(changed.sum()) - lost - won
     says = (
         f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: {lost:,} "
-        f"that were right are wrong, {won:,} that were wrong are right, {changed.sum() - lost - won:,} are wrong either "
-        "way."
+        f"that were right are wrong, {won:,} that were wrong are right, {rest:,} are wrong either way."
     )
     if not changed.any():
         return section("What changed", says)
