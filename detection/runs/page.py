@@ -118,7 +118,7 @@ def _asked(run: DetectionRun, detector: str, found: Mapping[str, Any]) -> dict[s
         ("Budget", f"{found['budget']} of the {found['on']}"),
         ("Importance", f"{settings.score}, on {settings.score_images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if settings.repair else "none"),
-        ("Search", f"{len(found['values']):,} trials{kinds}"),
+        ("Search", f"{settings.trials:,} trials{kinds}"),
     ]
     return section(
         "What was asked", "", facts(rows), details("The whole config", without_passwords(run.config.pretty_text))

@@ -173,6 +173,7 @@ def search(run: DetectionRun, say: Say) -> str:
             "plain": result.plain_value,
             "best": result.value,
             "values": values,
+            "pruned": result.pruned,
             "study": result.study.study_name,
             "gain": {
                 "plain": result.gain.plain,
@@ -191,7 +192,8 @@ def search(run: DetectionRun, say: Say) -> str:
         sliced = refit_width(detector, sliced, result.plan, images(1), forward=detector_loss)
     save_detector(sliced, original, run.folder / "sliced", source.classes)
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
-    left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {len(values)} trials"
+    trials = len(values) + result.pruned
+    left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {trials} trials"
     return f"{left}; {verdict} -> {run.folder / 'sliced'}"
 
 

@@ -106,10 +106,7 @@ def _asked(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         ("Budget", f"{found['budget']}{taken}"),
         ("Importance", f"{config.score.method}, on {config.score.images:,} images"),
         ("Repair", "layers that lost inputs are refitted" if config.repair else "none"),
-        (
-            "Search",
-            f"{len(found['values']):,} trials by {config.search.sampler}, {found['pruned']:,} more stopped early",
-        ),
+        ("Search", f"{config.search.trials:,} trials by {config.search.sampler}"),
         ("Fine-tuning", tuned),
         ("Repeat with", f"sidt run {run.folder / 'config.yaml'} --out FOLDER"),
     ]
@@ -209,7 +206,9 @@ def search_section(storage: str, found: Mapping[str, Any], judged_by: str, cost:
         cost: what the curve of a Pareto search is of.
     """
     gain = f"; {found['gain']['says']}" if found["gain"] else ""
-    says = f"{len(found['values']):,} trials, judged by {judged_by}{gain}."
+    pruned = found.get("pruned", 0)
+    early = f", {pruned:,} of them stopped early" if pruned else ""
+    says = f"{len(found['values']) + pruned:,} trials{early}; judged by {judged_by}{gain}."
     try:
         if "study" not in found:
             raise InputError("search.json is of an earlier version and does not name its study; search again")
@@ -224,9 +223,10 @@ def _changes(run: Run, answers: Answers, final: str) -> dict[str, Any]:
     labels, before, after = answers.labels, answers.of["dense"], answers.of[final]
     changed = before != after
     lost, won = int((changed & (before == labels)).sum()), int((changed & (after == labels)).sum())
+    rest = int(changed.sum()) - lost - won
     says = (
-        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: "
-        f"{lost:,} right ones became wrong, {won:,} wrong ones right; the others are wrong either way."
+        f"{int(changed.sum()):,} of {len(labels):,} test images are answered otherwise by the {final} model: {lost:,} "
+        f"that were right are wrong, {won:,} that were wrong are right, {rest:,} are wrong either way."
     )
     if not changed.any():
         return section("What changed", says)

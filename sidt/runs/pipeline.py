@@ -57,7 +57,6 @@ from sidt.runs.base import (
 from sidt.runs.folder import CHAIN, EVALUATION, PLAN, SEARCH, Run, base_model, dense_model, existing, searched_plan
 from sidt.runs.images import data_of, held_out_images, sample
 from sidt.runs.models import build, has_weights, original_space, space_of
-from sidt.runs.page import write_page
 from sidt.runs.quality import (
     evaluate_on,
     gives_features,
@@ -222,7 +221,8 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     if latencies is not None:
         of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
         kept += f", {latencies.milliseconds(result.plan.sizes):.2f}{of} ms by the layer table"
-    ended = f"{len(finished)} trials" + (f" and {result.pruned} that were stopped early" if result.pruned else "")
+    early = f", {result.pruned} of them stopped early" if result.pruned else ""
+    ended = f"{len(finished) + result.pruned} trials{early}"
     return f"plan with {kept} after {ended}; {verdict} -> {run.folder / PLAN}"
 
 
@@ -347,7 +347,9 @@ def evaluate(run: Run) -> str:
 
 def write_report(run: Run) -> str:
     """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
-    from sidt.runs import plots  # here: no other step waits for matplotlib
+    # Here: no other step waits for the imports of plots.
+    from sidt.runs import plots
+    from sidt.runs.page import write_page
 
     model = dense_model(run)
     space = space_of(run.config, model)
@@ -371,6 +373,7 @@ def write_report(run: Run) -> str:
     costs = reporting.complexity_text(report(space, by="block"), report(plan.space, plan.sizes, by="block"), "md")
     gain, at = search_result["gain"], search_result.get("at")
     taken = "" if at is None else f", sliced at {search_result['bounds']}={at} of the curve"
+    gained = gain["says"] if gain else "what it gained was not judged"
     what, on = reporting.quality(rows["dense"])[0].capitalize(), next(iter(rows.values()))["device"]
     text = f"""# {run.config.model.name} on {run.config.data.name}, budget {search_result["budget"]}{taken}
 
@@ -378,7 +381,7 @@ def write_report(run: Run) -> str:
 
 {what} on the test split, with one standard error. Latency: median of one image on {on}.
 
-Search: {len(search_result["values"])} trials; {gain["says"] if gain else "what it gained was not judged"}.
+Search: {len(search_result["values"]) + search_result["pruned"]} trials; {gained}.
 
 ![units kept](kept.png)
 

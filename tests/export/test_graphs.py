@@ -24,7 +24,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import sidt
-from sidt.export import comparison
+from sidt.export import agreement
 from sidt.export import onnx as exporting
 from sidt.surgery.slicing import slice_model
 
@@ -63,8 +63,8 @@ def test_every_backbone_leaves_as_onnx_and_as_a_program(backbone, tmp_path):
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     for batch in (1, 4, 3) if dynamic else (1,):
         images = backbone.images(batch)
-        expected = comparison.outputs_of(small, images)
-        for seen in (by_runtime(tmp_path / "a.onnx", images), comparison.outputs_of(loaded, images)):
+        expected = agreement.outputs_of(small, images)
+        for seen in (by_runtime(tmp_path / "a.onnx", images), agreement.outputs_of(loaded, images)):
             assert_close(tuple(seen), expected, rtol=1e-4, atol=1e-4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.pt2"]
 
@@ -137,13 +137,13 @@ def test_error_and_agreement_are_relative_to_the_outputs():
     model[1].bias.data = torch.tensor([100.0, 50.0])
     images = torch.zeros(1, 3, 1, 1)
     for rise, error, same in ((0, 0.0, 8), (1, 0.01, 8), (60, 0.6, 0), (np.nan, np.inf, 0)):
-        found = comparison.compared(
+        found = agreement.compared(
             model, b"", lambda x, rise=rise: [model(x) + torch.tensor([0, rise])], images, dynamic_batch=False
         )
         assert found.error == pytest.approx(error) and found.images == 8
         assert found.agreement == same or np.isnan(rise)
     with pytest.raises(ValueError, match="differ"):
-        comparison.refuse_beyond(found, 0.1, "export")
+        agreement.refuse_beyond(found, 0.1, "export")
 
 
 @pytest.mark.parametrize("opset", [9, 17, 999])
