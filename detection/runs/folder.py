@@ -13,11 +13,20 @@ from sidt.detection.detectors.checkpoints import CONFIG, WEIGHTS, load_detector
 from sidt.detection.detectors.configs import input_size_of, read_config
 from sidt.detection.runs.settings import Settings
 from sidt.errors import InputError
-from sidt.files import read_json
 from sidt.runs.config import parse
+from sidt.runs.provenance import Chain, Step
 from sidt.training.devices import resolve_device
 
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+CHAIN = Chain(
+    "sidt detect",
+    {
+        "train": Step("dense detector", "dense", (f"dense/{WEIGHTS}",)),
+        "search": Step("sliced detector", "sliced", (PLAN, "sliced/plan.json", f"sliced/{WEIGHTS}"), ("train",)),
+        "finetune": Step("fine-tuned detector", WEIGHTS, ("plan.json", WEIGHTS), ("search",)),
+        "evaluate": Step("evaluation", EVALUATION, (EVALUATION,), ("train", "search", "finetune")),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -82,17 +91,6 @@ def detectors(run: DetectionRun) -> dict[str, Path]:
     """The folders of the detectors that the run has so far."""
     folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
     return {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
-
-
-def check_one_plan(run: DetectionRun) -> None:
-    """After another search, what was fine-tuned before is not its result.
-
-    Raises:
-        InputError: the detectors of the run are of two searches.
-    """
-    sliced, tuned = run.folder / "sliced" / "plan.json", run.folder / "plan.json"
-    if sliced.is_file() and tuned.is_file() and read_json(sliced) != read_json(tuned):
-        raise InputError(f"{tuned} is of another plan than {sliced}; run `sidt detect finetune {run.folder}` again")
 
 
 def open_detector(run: DetectionRun, folder: Path) -> tuple[nn.Module, Config]:

@@ -219,6 +219,17 @@ def average_precision(
     return np.array(values[0])
 
 
+def check_folds(annotations: Path, classes: Sequence[str], folds: int | None) -> None:
+    """Check that :func:`average_precision` can score all images of an annotation file in so many groups.
+
+    Raises:
+        InputError: there are too few images with boxes of the classes.
+    """
+    data = read_annotations(annotations)
+    labels = category_ids(annotations, data, classes)
+    _groups(annotations, data, labels, _known(annotations, data, None), 1 if folds is None else folds, 0)
+
+
 def results_table(rows: Mapping[str, Mapping[str, Any]], style: Format = "table") -> str:
     """Evaluated detectors as a table; AP in percent, as COCO's tables have it.
 
