@@ -17,6 +17,8 @@ from sidt.runs.config import parse
 from sidt.runs.provenance import Chain, Step
 from sidt.training.devices import resolve_device
 
+# Settings of a call that do not stay with the run: where and how long a step works is no part of what the run is.
+OF_A_CALL = ("device", "timeout", "trials", "storage")
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
 CHAIN = Chain(
     "sidt detect",
@@ -62,7 +64,7 @@ def open_run(
         source: a run folder, or a config.
         out: the run folder for a config; default: ``runs/<name of the config>``.
         options: values that replace the config's, by dotted key.
-        settings: values that replace those of its section ``sidt``.
+        settings: values that replace those of its section ``sidt``; those of ``OF_A_CALL`` for this step alone.
         data_root: the folder that the data is in, if not the config's.
 
     Raises:
@@ -80,10 +82,12 @@ def open_run(
     config = read_config(path, options)
     if data_root is not None:
         move_data(config, data_root)
-    merged = {**(config.to_dict().get("sidt") or {}), **{k: v for k, v in (settings or {}).items() if v is not None}}
-    checked = parse(Settings, merged, f"{path}, section sidt")
+    own = config.to_dict().get("sidt") or {}
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    kept = {key: value for key, value in given.items() if key not in OF_A_CALL}
+    checked, remembered = (parse(Settings, {**own, **new}, f"{path}, section sidt") for new in (given, kept))
     resolve_device(checked.device)
-    config.sidt = checked.model_dump(mode="json")
+    config.sidt = remembered.model_dump(mode="json")
     return DetectionRun(folder, config, checked, dict(options or {}), data_root)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from sidt.allocation.study import Gain
+from sidt.detection.data.images import naming_images
 from sidt.detection.data.sources import Source, with_data
 from sidt.detection.detectors.checkpoints import WEIGHTS, load_weights
 from sidt.detection.runs.settings import Settings
@@ -125,12 +126,13 @@ def objective(
         )
         return lambda detector: minus_losses(detector, batches)
     check_folds(annotations, source.classes, folds)  # before hours of trials
-    loader = with_data(config, "test_dataloader", annotations, source.images).test_dataloader
+    own = with_data(config, "test_dataloader", annotations, source.images)
+    loader = own.test_dataloader
     loader.update(num_workers=0, persistent_workers=False)
     images = Runner.build_dataloader(loader, seed=0)
 
     def ap(detector: nn.Module) -> np.ndarray:
-        with without_masks(detector):
+        with without_masks(detector), naming_images(own, "test_dataloader"):
             return average_precision(detector, images, annotations, source.classes, folds=folds)
 
     return ap

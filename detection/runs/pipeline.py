@@ -26,6 +26,7 @@ from sidt.allocation.study import gain_on
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.detection.data.annotations import check_annotations, write_subsets
+from sidt.detection.data.images import naming_images
 from sidt.detection.data.sources import Source, check_classes, source_of, with_data
 from sidt.detection.detectors.checkpoints import (
     WEIGHTS,
@@ -83,14 +84,15 @@ _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
-    """Train the dense detector as its config says, without the held-out images."""
+def train_dense(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
+    """Train the dense detector as its config says, without the held-out images; the options are of this training."""
     join(launcher)
     detector = build_detector(run.config)
     detector_space(detector, run.config.model, input_size(run))  # a backbone without a space is said now
     source = _checked(run, detector, _TRAIN)
     _checked(run, detector, _TEST)
     config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
+    config.merge_from_dict(dict(options or {}))
     weights = Path(config.load_from) if config.get("load_from") else None
     if weights is not None and not weights.is_file():
         raise InputError(f"load_from={config.load_from} is no file here; download it, or set load_from=None")
@@ -297,7 +299,8 @@ def draw(run: DetectionRun, images: int) -> str:
     opened = {name: open_detector(run, folder) for name, folder in detectors(run).items()}
     source = source_of(run.config, _TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
-    draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
+    with naming_images(run.config, _TEST):
+        draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sidt.detection.data.annotations import category_ids, read_annotations
+from sidt.detection.data.images import naming_images
 from sidt.errors import InputError
 from sidt.files import read_json, replacing
 from sidt.runs.report import Format, table
@@ -146,7 +147,8 @@ def test(config: Config, folder: Path, *, per_class: bool = False) -> dict[str, 
         dataset = runner.test_dataloader.dataset
         image_ids, classes = _known(annotations, data, _image_ids(dataset)), dataset.metainfo["classes"]
         category_ids(annotations, data, classes)  # before an hour of inference
-        runner.test()
+        with naming_images(config, "test_dataloader"):
+            runner.test()
         if not is_main_process():
             return {}
         scores: dict[str, Scores] = {}
