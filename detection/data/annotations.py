@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sidt.detection.data.masks import is_mask
 from sidt.errors import InputError
 from sidt.files import read_json, write_text
 
@@ -97,7 +98,7 @@ def check_annotations(
 
     Raises:
         InputError: the file cannot be read (see ``read_annotations``); image files are missing; the file's
-            categories are not the detector's; there are no images, or no boxes; masks are needed and missing.
+            categories are not the detector's; there are no images, or no boxes; masks are needed and missing or none.
     """
     data = read_annotations(path)
     if not data["images"]:
@@ -123,6 +124,14 @@ def check_annotations(
             raise InputError(
                 f"{path}: {len(bare)} of {len(kept)} annotations have no segmentation, {bare[0]['id']} first; "
                 "use a detector without masks, or annotations with them"
+            )
+        strange = [a for a in kept if not is_mask(a["segmentation"], *sizes[a["image_id"]])]
+        if strange:
+            width, height = sizes[strange[0]["image_id"]]
+            raise InputError(
+                f"{path}: {len(strange)} of {len(kept)} segmentations are no masks, first that of annotation "
+                f"{strange[0]['id']}, {json.dumps(strange[0]['segmentation'])[:80]}; write polygons of 3 points or "
+                f"more, each x and y, or an RLE of size [{height}, {width}] whose counts fill it"
             )
     return Summary(
         images=len(data["images"]),
@@ -165,17 +174,21 @@ def category_ids(path: Path, data: dict[str, Any], classes: Sequence[str] | None
     return [category["id"] for category in found]
 
 
-def write_subsets(path: Path, folder: Path, *, held: float | int, seed: int) -> dict[str, Path]:
+def write_subsets(
+    path: Path, folder: Path, *, held: float | int, seed: int, classes: Sequence[str] | None = None
+) -> dict[str, Path]:
     """Split the images of a COCO file: two held-out parts and the rest, each a COCO file of its own.
 
-    The held-out images are drawn among those with a box that MMDetection keeps. All else in the file, its
-    categories above all, is in all three.
+    The held-out images are drawn among those with a box of the detector's classes that MMDetection keeps. All else in
+    the file, its categories above all, is in all three.
 
     Args:
         path: the annotation file.
         folder: where ``rest.json``, ``holdout.json`` and ``fresh.json`` are written.
-        held: images in each of ``holdout`` and ``fresh``: a number, or, if below 0.5, a fraction of all images.
+        held: images in each of ``holdout`` and ``fresh``: a number, or, if below 0.5, a fraction: of all images, or,
+            where the detector knows only some of the file's categories, of those with boxes of them.
         seed: of the draw, which is the same every time.
+        classes: the detector's; without them, all categories of the file.
 
     Returns:
         The three paths, by ``rest``, ``holdout`` and ``fresh``.
@@ -186,13 +199,20 @@ def write_subsets(path: Path, folder: Path, *, held: float | int, seed: int) -> 
     data = read_annotations(path)
     if not (0 < held < 0.5 or (held >= 1 and held == int(held))):
         raise InputError(f"held is {held}; give a fraction of the images below 0.5, or a number of images from 1")
-    count = int(held) if held >= 1 else round(held * len(data["images"]))
+    known = set(category_ids(path, data, classes))
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
-    with_boxes = {a["image_id"] for a in data["annotations"] if not a["iscrowd"] and _is_kept(a, *sizes[a["image_id"]])}
+    with_boxes = {
+        a["image_id"]
+        for a in data["annotations"]
+        if a["category_id"] in known and not a["iscrowd"] and _is_kept(a, *sizes[a["image_id"]])
+    }
+    some = len(known) < len(data["categories"])
+    count = int(held) if held >= 1 else round(held * (len(with_boxes) if some else len(data["images"])))
     if not 0 < count * 2 < len(with_boxes):
         raise InputError(
             f"cannot hold out twice {count} images of {path} (held is {held}): it has {len(data['images'])} images, "
-            f"{len(with_boxes)} with boxes, and some must be left; change held or give more images"
+            f"{len(with_boxes)} with boxes{' of the classes' if some else ''}, and some must be left; change held or "
+            f"give more images"
         )
     candidates = [image["id"] for image in data["images"] if image["id"] in with_boxes]
     drawn = [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[: 2 * count]]

@@ -13,11 +13,22 @@ from sidt.detection.detectors.checkpoints import CONFIG, WEIGHTS, load_detector
 from sidt.detection.detectors.configs import input_size_of, read_config
 from sidt.detection.runs.settings import Settings
 from sidt.errors import InputError
-from sidt.files import read_json
 from sidt.runs.config import parse
+from sidt.runs.provenance import Chain, Step
 from sidt.training.devices import resolve_device
 
+# Settings of a call that do not stay with the run: where and how long a step works is no part of what the run is.
+OF_A_CALL = ("device", "timeout", "trials", "storage")
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
+CHAIN = Chain(
+    "sidt detect",
+    {
+        "train": Step("dense detector", "dense", (f"dense/{WEIGHTS}",)),
+        "search": Step("sliced detector", "sliced", (PLAN, "sliced/plan.json", f"sliced/{WEIGHTS}"), ("train",)),
+        "finetune": Step("fine-tuned detector", WEIGHTS, ("plan.json", WEIGHTS), ("search",)),
+        "evaluate": Step("evaluation", EVALUATION, (EVALUATION,), ("train", "search", "finetune")),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def open_run(
         source: a run folder, or a config.
         out: the run folder for a config; default: ``runs/<name of the config>``.
         options: values that replace the config's, by dotted key.
-        settings: values that replace those of its section ``sidt``.
+        settings: values that replace those of its section ``sidt``; those of ``OF_A_CALL`` for this step alone.
         data_root: the folder that the data is in, if not the config's.
 
     Raises:
@@ -71,10 +82,12 @@ def open_run(
     config = read_config(path, options)
     if data_root is not None:
         move_data(config, data_root)
-    merged = {**(config.to_dict().get("sidt") or {}), **{k: v for k, v in (settings or {}).items() if v is not None}}
-    checked = parse(Settings, merged, f"{path}, section sidt")
+    own = config.to_dict().get("sidt") or {}
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    kept = {key: value for key, value in given.items() if key not in OF_A_CALL}
+    checked, remembered = (parse(Settings, {**own, **new}, f"{path}, section sidt") for new in (given, kept))
     resolve_device(checked.device)
-    config.sidt = checked.model_dump(mode="json")
+    config.sidt = remembered.model_dump(mode="json")
     return DetectionRun(folder, config, checked, dict(options or {}), data_root)
 
 
@@ -82,17 +95,6 @@ def detectors(run: DetectionRun) -> dict[str, Path]:
     """The folders of the detectors that the run has so far."""
     folders = {"dense": run.folder / "dense", "sliced": run.folder / "sliced", "fine-tuned": run.folder}
     return {name: folder for name, folder in folders.items() if (folder / WEIGHTS).is_file()}
-
-
-def check_one_plan(run: DetectionRun) -> None:
-    """After another search, what was fine-tuned before is not its result.
-
-    Raises:
-        InputError: the detectors of the run are of two searches.
-    """
-    sliced, tuned = run.folder / "sliced" / "plan.json", run.folder / "plan.json"
-    if sliced.is_file() and tuned.is_file() and read_json(sliced) != read_json(tuned):
-        raise InputError(f"{tuned} is of another plan than {sliced}; run `sidt detect finetune {run.folder}` again")
 
 
 def open_detector(run: DetectionRun, folder: Path) -> tuple[nn.Module, Config]:

@@ -16,10 +16,11 @@ from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from sidt.allocation.study import Gain
+from sidt.detection.data.images import naming_images
 from sidt.detection.data.sources import Source, with_data
 from sidt.detection.detectors.checkpoints import WEIGHTS, load_weights
 from sidt.detection.runs.settings import Settings
-from sidt.detection.training.evaluation import average_precision
+from sidt.detection.training.evaluation import average_precision, check_folds
 from sidt.detection.training.loop import train
 from sidt.detection.training.loss import detector_loss, minus_losses, read_batches
 from sidt.files import read_json, replacing
@@ -93,23 +94,24 @@ def aligned_detector(
 ) -> tuple[nn.Module, Moments]:
     """The detector in the basis in which few units carry nearly everything, and what its repair stands on.
 
-    Both are measured once, and kept in ``folder`` with what they were ``made_of``.
+    Both are measured once, and kept in ``folder`` with what they were ``made_of``. They are read from there the first
+    time too: a search that goes on needs the very same, to the last bit.
     """
     weights, measured = folder / WEIGHTS, folder / "moments.safetensors"
     widths = tuple(rotatable(space))
     made_of = {**made_of, "rotated": list(widths)}
     moments = load_moments(measured, space.ordered(widths), made_of)
-    if moments is not None and weights.is_file():
-        aligned = copy.deepcopy(detector)
-        load_weights(aligned, weights)
-        aligned.sidt_rotated = widths  # type: ignore[assignment]
-        return aligned, moments
-    aligned, moments = align(detector, measure_moments(detector, read(), forward=detector_loss, space=space))
-    measured.unlink(missing_ok=True)  # between the two files, neither counts
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in aligned.state_dict().items()}
-    with replacing(weights) as temporary:
-        temporary.write_bytes(dump_tensors(state, metadata={"format": "pt"}))
-    moments.save(measured, made_of)
+    if moments is None or not weights.is_file():
+        aligned, moments = align(detector, measure_moments(detector, read(), forward=detector_loss, space=space))
+        measured.unlink(missing_ok=True)  # between the two files, neither counts
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in aligned.state_dict().items()}
+        with replacing(weights) as temporary:
+            temporary.write_bytes(dump_tensors(state, metadata={"format": "pt"}))
+        moments.save(measured, made_of)
+        moments = load_moments(measured, space.ordered(widths), made_of) or moments
+    aligned = copy.deepcopy(detector)
+    load_weights(aligned, weights)
+    aligned.sidt_rotated = widths  # type: ignore[assignment]
     return aligned, moments
 
 
@@ -123,12 +125,14 @@ def objective(
             with_data(config, "train_dataloader", annotations), count, batch_size=1, seed=settings.seed
         )
         return lambda detector: minus_losses(detector, batches)
-    loader = with_data(config, "test_dataloader", annotations, source.images).test_dataloader
+    check_folds(annotations, source.classes, folds)  # before hours of trials
+    own = with_data(config, "test_dataloader", annotations, source.images)
+    loader = own.test_dataloader
     loader.update(num_workers=0, persistent_workers=False)
     images = Runner.build_dataloader(loader, seed=0)
 
     def ap(detector: nn.Module) -> np.ndarray:
-        with without_masks(detector):
+        with without_masks(detector), naming_images(own, "test_dataloader"):
             return average_precision(detector, images, annotations, source.classes, folds=folds)
 
     return ap

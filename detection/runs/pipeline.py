@@ -7,6 +7,8 @@
     finetune -> config.py, plan.json, model.safetensors (the result, for MMDetection)
     evaluate -> evaluation.json, and evaluation/ with its boxes in the folder of each detector
     report -> report.html                   data/ holds the annotations of the held-out images and of the rest
+
+No step takes what was made of an input that is no longer there (:mod:`sidt.runs.provenance`).
 """
 
 import time
@@ -21,9 +23,11 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 
 from sidt.allocation.greedy import Rules
+from sidt.allocation.study import gain_on
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.detection.data.annotations import check_annotations, write_subsets
+from sidt.detection.data.images import naming_images
 from sidt.detection.data.sources import Source, check_classes, source_of, with_data
 from sidt.detection.detectors.checkpoints import (
     WEIGHTS,
@@ -36,11 +40,11 @@ from sidt.detection.detectors.configs import build_detector
 from sidt.detection.detectors.pyramid import only_layers
 from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
 from sidt.detection.runs.folder import (
+    CHAIN,
     EVALUATION,
     PLAN,
     SEARCH,
     DetectionRun,
-    check_one_plan,
     detectors,
     existing,
     input_size,
@@ -66,6 +70,7 @@ from sidt.detection.training.loss import detector_loss
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance, load_importance
+from sidt.runs import provenance
 from sidt.runs.tables import Format
 from sidt.space.families import KINDS
 from sidt.space.space import DimensionSpace
@@ -80,14 +85,15 @@ _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-def train_dense(run: DetectionRun, *, launcher: str = "none") -> str:
-    """Train the dense detector as its config says, without the held-out images."""
+def train_dense(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
+    """Train the dense detector as its config says, without the held-out images; the options are of this training."""
     join(launcher)
     detector = build_detector(run.config)
     detector_space(detector, run.config.model, input_size(run))  # a backbone without a space is said now
     source = _checked(run, detector, _TRAIN)
     _checked(run, detector, _TEST)
     config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
+    config.merge_from_dict(dict(options or {}))
     weights = Path(config.load_from) if config.get("load_from") else None
     if weights is not None and not weights.is_file():
         raise InputError(f"load_from={config.load_from} is no file here; download it, or set load_from=None")
@@ -114,6 +120,7 @@ def search(run: DetectionRun, say: Say) -> str:
     if settings.budget is None:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
     existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
+    made_of = provenance.inputs(run.folder, CHAIN, "search")
     detector, config = open_detector(run, run.folder / "dense")
     original = load_detector(run.folder / "dense")[1]
     if _rotates(settings):
@@ -125,21 +132,22 @@ def search(run: DetectionRun, say: Say) -> str:
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
     config = with_data(config, _TRAIN, split["rest"])
-    slicer, images = None, images_of(config, settings)
+    images, slicer = images_of(config, settings), partial(slice_model, detector)
     if settings.repair:
         read = partial(images, batch_size(config))
         base, moments = aligned_detector(detector, space, read, run.folder / "base", _made_of(run))
-        detector, slicer, space = base, lambda plan: compensate(base, plan, moments), moments.space
+        detector, slicer, space = base, partial(compensate, base, moments=moments), moments.space
     scores = _scores(run, detector, config, space, images, say)
     rules = Rules(settings.searched, settings.freeze, settings.min_units, settings.round_to)
     forward = predict if settings.on == "detector" else run_backbone
     budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
     latencies = latencies_for(layers, detector, scores, budget, rules, say, forward=forward)
+    held = len(read_json(split["holdout"])["images"])
     judge = objective(config, settings, source, split["holdout"], None)
+    fresh = objective(config, settings, source, split["fresh"], min(_FOLDS, held))
     begin = time.perf_counter()
     dense_value = float(np.mean(judge(detector)))
     seconds = time.perf_counter() - begin
-    held = len(read_json(split["holdout"])["images"])
     of = f"{named(settings)} on {held} held-out training images"
     say(f"dense: {shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
     result = optuna_search(
@@ -147,7 +155,6 @@ def search(run: DetectionRun, say: Say) -> str:
         scores,
         budget,
         judge,
-        fresh=objective(config, settings, source, split["fresh"], min(_FOLDS, held)),
         trials=settings.trials,
         timeout=settings.timeout,
         seed=settings.seed,
@@ -158,39 +165,35 @@ def search(run: DetectionRun, say: Say) -> str:
         label=f"{of}, seed {settings.seed}, repair {settings.repair}, "
         f"budget of the {settings.on} at {space.trace.input_size}",
     )
-    assert result.gain is not None
-    verdict = says(settings, result.gain)
     result.plan.save(run.folder / PLAN)
     full, small = parts(space), parts(space, result.plan.sizes)
     values = [trial.values[0] for trial in result.study.trials if trial.state.name == "COMPLETE"]
-    write_json(
-        run.folder / SEARCH,
-        {
-            "budget": str(budget),
-            "on": settings.on,
-            "objective": of,
-            "dense": dense_value,
-            "plain": result.plain_value,
-            "best": result.value,
-            "values": values,
-            "pruned": result.pruned,
-            "study": result.study.study_name,
-            "gain": {
-                "plain": result.gain.plain,
-                "found": result.gain.found,
-                "error": result.gain.error,
-                "says": verdict,
-            },
-            "parts": {
-                n: {"dense": [r.params, r.macs], "sliced": [small[n].params, small[n].macs]} for n, r in full.items()
-            },
-            "settings": settings.model_dump(mode="json"),
+    found = {
+        "budget": str(budget),
+        "on": settings.on,
+        "objective": of,
+        "dense": dense_value,
+        "plain": result.plain_value,
+        "best": result.value,
+        "values": values,
+        "pruned": result.pruned,
+        "study": result.study.study_name,
+        "gain": None,
+        "parts": {
+            n: {"dense": [r.params, r.macs], "sliced": [small[n].params, small[n].macs]} for n, r in full.items()
         },
-    )
-    sliced = slicer(result.plan) if slicer else slice_model(detector, result.plan)
+        "settings": settings.model_dump(mode="json"),
+    }
+    write_json(run.folder / SEARCH, found)
+    sliced = slicer(result.plan)
     if settings.repair and "width" in (settings.kinds or ()):
         sliced = refit_width(detector, sliced, result.plan, images(1), forward=detector_loss)
     save_detector(sliced, original, run.folder / "sliced", source.classes)
+    provenance.record(run.folder, CHAIN, "search", made_of)  # whatever happens now, plan and detector are there
+    gain = gain_on(fresh, slicer(result.plain), slicer(result.plan))
+    verdict = says(settings, gain)
+    judged = {"plain": gain.plain, "found": gain.found, "error": gain.error, "says": verdict}
+    write_json(run.folder / SEARCH, found | {"gain": judged})
     kept = [f"{getattr(small['backbone'], c) / getattr(full['backbone'], c):.2%}" for c in ("params", "macs")]
     trials = len(values) + result.pruned
     left = f"backbone with {kept[0]} of its parameters and {kept[1]} of its MACs after {trials} trials"
@@ -206,6 +209,7 @@ def finetune(
     """
     join(launcher)
     sliced = existing(run, "sliced", "search")
+    made_of = provenance.inputs(run.folder, CHAIN, "finetune")
     changes = {**run.options, **run.settings.finetune, **(options or {})}
     detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
     source = _checked(run, detector, _TRAIN)
@@ -220,6 +224,7 @@ def finetune(
         detector, original = load_detector(sliced)
         load_weights(detector, last)
         save_detector(detector, original, run.folder, source.classes)
+        provenance.record(run.folder, CHAIN, "finetune", made_of)
     barrier()
     return f"fine-tuned detector -> {run.folder}"
 
@@ -232,7 +237,7 @@ def evaluate(
     there = detectors(run)
     if not there:
         raise InputError(f"no detector in {run.folder}; run `sidt detect search` or `sidt detect train` first")
-    check_one_plan(run)
+    made_of = provenance.inputs(run.folder, CHAIN, "evaluate")
     size, device, rows = input_size(run), run.settings.device, {}
     for name, folder in there.items():
         config = open_detector(run, folder)[1]
@@ -242,6 +247,7 @@ def evaluate(
     if not is_main_process():
         return ""
     write_json(run.folder / EVALUATION, rows)
+    provenance.record(run.folder, CHAIN, "evaluate", made_of)
     text = results_table(rows, style)
     shape = "x".join(map(str, size))
     timed = f"; latency on {resolve_device(device)}" if latency else ""
@@ -293,11 +299,12 @@ def evaluate_detector(
 
 def draw(run: DetectionRun, images: int) -> str:
     """Draw what each detector of the run finds in the first test images, side by side."""
-    check_one_plan(run)
+    provenance.inputs(run.folder, CHAIN, "evaluate")
     opened = {name: open_detector(run, folder) for name, folder in detectors(run).items()}
     source = source_of(run.config, _TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
-    draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
+    with naming_images(run.config, _TEST):
+        draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
 
 
@@ -319,13 +326,15 @@ def _checked(run: DetectionRun, detector: nn.Module, loader: str) -> Source:
 def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
     """The annotations of the held-out images, of the fresh ones and of the rest: written once for a run."""
     folder, annotations = run.folder / "data", str(source.annotations.resolve())
-    made_of = {"held": run.settings.holdout, "seed": run.settings.seed, "annotations": annotations}
+    held, seed, classes = run.settings.holdout, run.settings.seed, list(source.classes)
+    made_of = {"held": held, "seed": seed, "annotations": annotations, "classes": classes}
     if is_main_process():
-        if (folder / "split.json").is_file() and (seen := read_json(folder / "split.json")) != made_of:
-            raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
         if not (folder / "split.json").is_file():
-            write_subsets(source.annotations, folder, held=run.settings.holdout, seed=run.settings.seed)
+            write_subsets(source.annotations, folder, held=held, seed=seed, classes=classes)
             write_json(folder / "split.json", made_of)
+        seen = {"classes": classes} | read_json(folder / "split.json")  # earlier versions did not look at the classes
+        if seen != made_of:
+            raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
     barrier()
     return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
 

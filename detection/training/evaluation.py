@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sidt.detection.data.annotations import category_ids, read_annotations
+from sidt.detection.data.images import naming_images
 from sidt.errors import InputError
 from sidt.files import read_json, replacing
 from sidt.runs.tables import Format, table
@@ -146,7 +147,8 @@ def test(config: Config, folder: Path, *, per_class: bool = False) -> dict[str, 
         dataset = runner.test_dataloader.dataset
         image_ids, classes = _known(annotations, data, _image_ids(dataset)), dataset.metainfo["classes"]
         category_ids(annotations, data, classes)  # before an hour of inference
-        runner.test()
+        with naming_images(config, "test_dataloader"):
+            runner.test()
         if not is_main_process():
             return {}
         scores: dict[str, Scores] = {}
@@ -217,6 +219,17 @@ def average_precision(
         values = [[_mean(_precision(truth, detected, "bbox", labels, group, areas=1)) for group in groups]]
     broadcast_object_list(values)
     return np.array(values[0])
+
+
+def check_folds(annotations: Path, classes: Sequence[str], folds: int | None) -> None:
+    """Check that :func:`average_precision` can score all images of an annotation file in so many groups.
+
+    Raises:
+        InputError: there are too few images with boxes of the classes.
+    """
+    data = read_annotations(annotations)
+    labels = category_ids(annotations, data, classes)
+    _groups(annotations, data, labels, _known(annotations, data, None), 1 if folds is None else folds, 0)
 
 
 def results_table(rows: Mapping[str, Mapping[str, Any]], style: Format = "table") -> str:

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from sidt.detection.data.images import naming_images
 from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
 from sidt.errors import InputError
 
@@ -32,8 +33,13 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         The checkpoint of the last epoch.
 
     Raises:
-        InputError: a checkpoint to go on from is damaged, or the training left none.
+        InputError: a checkpoint to go on from or an image is damaged, the training left no checkpoint, or it is to be
+            of mixed precision without a GPU.
     """
+    if (config.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
+        raise InputError(
+            "mixed precision (--amp, optim_wrapper.type=AmpOptimWrapper) needs a CUDA device; train without"
+        )
     own = states / f"{label}-{_digest(config, weights)}"
     config = prepared(config, own, launcher)
     if is_main_process():
@@ -53,7 +59,8 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         **(hooks.get("checkpoint") or {}),
         "save_last": True,
     }
-    Runner.from_cfg(config).train()
+    with naming_images(config, "train_dataloader", "val_dataloader"):
+        Runner.from_cfg(config).train()
     barrier()
     found = find_latest_checkpoint(str(own))
     if found is None:

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from sidt.detection.data.images import naming_images
 from sidt.errors import InputError
 from sidt.training.batches import seeded
 from sidt.training.devices import seeded_on
@@ -40,11 +41,8 @@ def read_batches(config: Config, images: int, *, batch_size: int, seed: int = 0)
     loader.update(batch_size=batch_size, num_workers=0, persistent_workers=False, drop_last=False)
     loader.sampler = {"type": "DefaultSampler", "shuffle": True, "seed": seed}
     loader.pop("batch_sampler", None)
-    with seeded(seed):
-        try:
-            found = list(islice(Runner.build_dataloader(loader, seed=seed), -(-images // batch_size)))
-        except (AssertionError, OSError) as error:  # mmcv asserts that an image can be decoded
-            raise InputError(f"cannot read the training images: {' '.join(str(error).split())[:200]}") from None
+    with seeded(seed), naming_images(config, "train_dataloader"):
+        found = list(islice(Runner.build_dataloader(loader, seed=seed), -(-images // batch_size)))
     if not found:
         raise InputError(f"{loader.dataset.get('ann_file')} gives no training image with boxes; check filter_cfg")
     return found

@@ -39,15 +39,17 @@ def _open(
     overrides: tuple[str, ...],
     device: str | None,
     values: Mapping[str, Any] | None = None,
+    once: Mapping[str, Any] | None = None,
 ) -> "Run":
-    """The run that a step works on; options that were given become overrides of its config."""
+    """The run that a step works on; options that were given replace values of its config, some for this call alone."""
     import json
 
     from sidt.runs.folder import open_run
 
-    given = {**(values or {}), "device": device}
-    named = tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
-    return open_run(source, out, (*overrides, *named))
+    def texts(given: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
+
+    return open_run(source, out, (*overrides, *texts(values or {})), texts({**(once or {}), "device": device}))
 
 
 def _do(step: Callable[["Run"], str], run: "Run") -> None:
@@ -94,15 +96,9 @@ def search(
     """Search the plan within the budget. Stop it with Ctrl-C; the same command goes on."""
     from sidt.runs import pipeline
 
-    values = {
-        "budget": budget,
-        "search.trials": trials,
-        "search.timeout": timeout,
-        "search.storage": storage,
-        "search.pareto": pareto,
-        "seed": seed,
-    }
-    _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values))
+    values = {"budget": budget, "search.pareto": pareto, "seed": seed}
+    once = {"search.trials": trials, "search.timeout": timeout, "search.storage": storage}
+    _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values, once=once))
 
 
 @cli.command("slice")

@@ -95,11 +95,8 @@ def _open(
     data_root: Path | None,
     options: tuple[str, ...],
     settings: dict[str, Any],
-    *,
-    amp: bool = False,
 ) -> Any:
-    values = _mixed_precision(_parsed(options), amp)
-    return detection("runs.folder").open_run(source, out, values, settings, data_root=data_root)
+    return detection("runs.folder").open_run(source, out, _parsed(options), settings, data_root=data_root)
 
 
 @detect.command()
@@ -107,13 +104,13 @@ def _open(
 @_HOLDOUT
 @_AMP
 @_LAUNCHER
-def train(source: Path, holdout: str | None, launcher: str, **arguments: Any) -> None:
+def train(source: Path, holdout: str | None, amp: bool, launcher: str, **arguments: Any) -> None:
     """Train the dense detector with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("runs.pipeline")
     if source.is_dir():
         raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
     run = _open(source, settings={"holdout": number(holdout)}, **arguments)
-    click.echo(pipeline.train_dense(run, launcher=launcher))
+    click.echo(pipeline.train_dense(run, _mixed_precision({}, amp), launcher=launcher))
 
 
 @detect.command()

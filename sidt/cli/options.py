@@ -25,7 +25,7 @@ SET = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Replace a value of the config, e.g. train.epochs=3. Repeatable.",
+    help="Replace a value of the run's config, e.g. train.epochs=3; it stays replaced. Repeatable.",
 )
 TRIALS = together(
     click.option("--trials", type=int, help="Finished trials in all."),

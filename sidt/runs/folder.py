@@ -33,10 +33,17 @@ CHAIN = Chain(
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the config of the run."""
+    """A run folder and the config of the run.
+
+    Attributes:
+        folder: the run folder.
+        config: what this step goes by.
+        remembered: what the next step will start from, if it is not the same: without the options of this call.
+    """
 
     folder: Path
     config: RunConfig
+    remembered: RunConfig | None = None
 
     @property
     def device(self) -> str:
@@ -44,13 +51,14 @@ class Run:
         return str(resolve_device(self.config.device))
 
 
-def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = ()) -> Run:
+def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = (), once: tuple[str, ...] = ()) -> Run:
     """Open a run folder, or start one from a config.
 
     Args:
         source: a run folder, or a config file.
         out: the run folder for a config; default: ``runs/<name of the config>``.
-        overrides: ``key=value`` texts; see :func:`sidt.runs.config.read_config`.
+        overrides: ``key=value`` texts; see :func:`sidt.runs.config.read_config`. They stay with the run.
+        once: more of them, for this step alone.
 
     Raises:
         InputError: the source is neither, the config is wrong, or the folder cannot be written.
@@ -60,17 +68,20 @@ def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] =
             raise InputError(
                 f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
             )
-        folder, config = source, read_config(source / "config.yaml", overrides)
+        folder, path = source, source / "config.yaml"
     elif source.is_file():
-        folder, config = out or Path("runs") / source.stem, read_config(source, overrides)
+        folder, path = out or Path("runs") / source.stem, source
     else:
         raise InputError(f"{source} is neither a config file nor a run folder")
-    return started(folder, config) if source.is_file() else Run(folder, checked(config))
+    once_too = read_config(path, (*overrides, *once))
+    if source.is_file():
+        return started(folder, once_too, read_config(path, overrides))
+    return Run(folder, checked(once_too), read_config(path, overrides))
 
 
-def started(folder: Path, config: RunConfig) -> Run:
+def started(folder: Path, config: RunConfig, remembered: RunConfig | None = None) -> Run:
     """A new run: its folder, with the config, which says how images are prepared."""
-    run = Run(folder, prepared(checked(config)))
+    run = Run(folder, prepared(checked(config)), None if remembered is None else prepared(remembered))
     remember(run)
     return run
 
@@ -82,8 +93,13 @@ def checked(config: RunConfig) -> RunConfig:
 
 
 def remember(run: Run) -> None:
-    """Write the run's config to its folder. A step on a run folder does this once it has succeeded."""
-    write_text(run.folder / "config.yaml", dump_config(run.config))
+    """Write the run's config to its folder. A step on a run folder does this once it has succeeded.
+
+    What says what the run is stays, for the steps that come: the budget, the seed, whether it is a curve, the teacher,
+    and whatever --set replaced. What says where and how long this call works does not: --device, --timeout, --trials
+    and --storage. Who wants those for good writes them into the config, or gives them by --set.
+    """
+    write_text(run.folder / "config.yaml", dump_config(run.remembered or run.config))
 
 
 def existing(run: Run, name: str, step: str) -> Path:

@@ -70,16 +70,6 @@ def record(folder: Path, chain: Chain, name: str, made_of: Digests) -> None:
     write_json(_note(folder, name), {"outputs": _digests(folder, chain.steps[name]), "inputs": made_of})
 
 
-def check(folder: Path, chain: Chain, name: str) -> None:
-    """Check the outputs of a step, and all that they stand on; what is not there is none of it.
-
-    Raises:
-        InputError: as :func:`inputs`.
-    """
-    inputs(folder, chain, name)
-    _check(folder, chain, name)
-
-
 def _check(folder: Path, chain: Chain, name: str) -> None:
     step, again = chain.steps[name], f"run `{chain.command} {name} {folder}` again"
     noted = _noted(_note(folder, name))

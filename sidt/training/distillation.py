@@ -71,8 +71,8 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
         its forward.
 
     Raises:
-        InputError: an option is unknown or out of range, the student is no slice of the teacher, or (at a call)
-            ``model`` is not the student.
+        InputError: an option is unknown or out of range, the student is no slice of the teacher or has other classes,
+            or (at a call) ``model`` is not the student.
     """
     try:
         config = TeacherConfig(**options)
@@ -85,6 +85,9 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
         raise InputError(f"distillation option {name}={first['input']!r}: {reason}" if name else reason) from None
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     kept = kept_channels(teacher, student) if config.features else {}
+    theirs, mine = (getattr(model, "num_classes", None) for model in (teacher, student))
+    if config.logits and isinstance(theirs, int) and isinstance(mine, int):
+        _check_classes(theirs, mine)
 
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         with outputs_of(student, kept) as features:
@@ -97,6 +100,7 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
             each = [functional.cross_entropy(head, targets, label_smoothing=soft) for head in heads]
             total = config.labels * torch.stack(each).mean()
         if config.logits:
+            _check_classes(logits.shape[-1], heads[0].shape[-1])
             total = total + config.logits * divergence(torch.stack(heads).mean(0), logits, config.temperature)
         if kept:
             apart = [_apart(block, features.get(block), wanted[block], units) for block, units in kept.items()]
@@ -107,6 +111,14 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
     # A resumed run must have the same.
     loss.__qualname__ = f"distillation_loss({settings}) from teacher {weights_digest(teacher)[:8]}"
     return loss
+
+
+def _check_classes(theirs: int, mine: int) -> None:
+    if theirs != mine:
+        raise InputError(
+            f"the teacher has {theirs} classes and the student {mine}, so their logits cannot be compared; give a "
+            f"teacher of the same classes, or logits=0"
+        )
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

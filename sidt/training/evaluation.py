@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from sidt.errors import InputError
 from sidt.training.batches import make_loader
@@ -30,8 +30,19 @@ def check_classes(model: nn.Module, n_classes: int) -> None:
 
 
 def check_data(model: nn.Module, data: Dataset[Any]) -> int:
-    """Check the classes of a data set, if it tells them, and return its number of samples."""
-    count = len(data)  # type: ignore[arg-type]
+    """Check the classes of a data set, if it tells them, and return its number of samples.
+
+    Raises:
+        InputError: it is a loader of batches, or has no samples or no number of them, or another number of classes.
+    """
+    if isinstance(data, DataLoader):
+        raise InputError("the data is a DataLoader, which gives batches; give its data set: loader.dataset")
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError(
+            f"the data is a {type(data).__name__} without a length and places; give a data set with len(data) and "
+            f"data[i], an image and its label"
+        )
+    count = len(data)
     if not count:
         raise InputError("the data set is empty (0 samples); give one with images")
     classes = getattr(data, "classes", None)

@@ -149,6 +149,8 @@ def fit(
         InputError: the data, the device or the state in ``folder`` does not go with the rest.
     """
     samples = check_data(model, train)
+    if val is not None:
+        check_data(model, val)  # not after the first epoch
     device = resolve_device(config.device)
     if config.precision == "fp16" and device.type != "cuda":
         raise InputError("precision is 'fp16', which needs a CUDA device; use bf16 or no")

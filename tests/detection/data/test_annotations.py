@@ -4,8 +4,10 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from pycocotools.mask import encode
 
 from sidt.detection.data.annotations import Summary, check_annotations, write_subsets
 
@@ -154,6 +156,54 @@ def test_masks(tmp_path, refused, place):
         check_annotations(path, masks=True)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[]],
+        [[2, 2, 8, 2]],
+        [[2, 2, 8, 2, 8]],
+        [[2, 2, 8, 2, 8, 8, 2]],
+        [[2, 2, 8, 2, 8, 8], []],
+        [[2, 2, 8, 2, NAN, 8]],
+        [[2, 2, 8, 2, float("inf"), 8]],
+        [[2, 2, 8, 2, "8", 8]],
+        [2, 2, 8, 2, 8, 8],
+        "mask",
+        {"counts": [0, 400]},
+        {"size": [20, 20]},
+        {"counts": [0, 399], "size": [20, 20]},
+        {"counts": [-1, 401], "size": [20, 20]},
+        {"counts": [0, 100], "size": [10, 10]},
+        {"counts": [0.0, 400.0], "size": [20, 20]},
+        {"counts": "`<", "size": [20, 10]},
+        {"counts": "`", "size": [20, 20]},
+        {"counts": "0`<1", "size": [20, 20]},
+        {"counts": 400, "size": [20, 20]},
+    ],
+    ids=str,
+)
+def test_what_is_no_mask(tmp_path, refused, mask):
+    path = write(tmp_path, broken(lambda d: d["annotations"][1].update(segmentation=mask)))
+    check_annotations(path)
+    with refused(path, "1 of 4 segmentations", "annotation 2", json.dumps(mask)[:40], "3 points"):
+        check_annotations(path, masks=True)
+
+
+def test_masks_that_pycocotools_writes(tmp_path):
+    """Compressed runs of random masks, empty and full ones too, and polygons of several parts."""
+    generator = np.random.default_rng(0)
+    data = instances(40)
+    for annotation in data["annotations"][:30]:
+        pixels = generator.random((20, 20)) < annotation["id"] / 30
+        encoded = encode(np.asfortranarray(pixels.astype(np.uint8)))
+        annotation["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+    data["annotations"][31]["segmentation"] = [[2, 2, 8.5, 2, 8, 8], [1, 1, 4, 1, 4, 4, 1, 4]]
+    assert check_annotations(write(tmp_path, data), masks=True).boxes == 39
+
+
 def test_many_images_are_checked_quickly(tmp_path):
     for image in range(1, 2001):
         (tmp_path / f"{image}.png").touch()
@@ -189,6 +239,17 @@ def test_subsets_are_seeded(tmp_path):
         return [files[name].read_text() for name in files]
 
     assert held_out(1) == held_out(1) != held_out(2)
+
+
+@pytest.mark.parametrize(("held", "count"), [(3, 3), (0.25, 2)])  # of the 9 images with a cat
+def test_subsets_of_some_classes(tmp_path, refused, held, count):
+    path = write(tmp_path, instances(20))
+    files = write_subsets(path, tmp_path / "parts", held=held, seed=1, classes=["cat"])
+    for part in ("holdout", "fresh"):
+        data = json.loads(files[part].read_text())
+        assert len(data["images"]) == count and all(a["category_id"] == 1 for a in data["annotations"])
+    with refused("9 with boxes of the classes", 5):
+        write_subsets(path, tmp_path / "parts", held=5, seed=1, classes=["cat"])
 
 
 @pytest.mark.parametrize("held", [0, 0.5, 0.7, 1.5, -3, float("nan")])

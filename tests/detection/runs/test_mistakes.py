@@ -1,5 +1,6 @@
 """What a detection run says of bad checkpoints, annotations, images and settings, and that it leaves nothing behind."""
 
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import torch
 from small_detector import CONFIGS, SEARCH, opened, small_config, small_digits, write_checkpoint
 
 from sidt.cli.commands import main
+from sidt.detection.data.annotations import write_subsets
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import open_run
 from sidt.detection.training.loss import read_batches
@@ -41,6 +43,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 sys.argv = ["sidt", "detect", "search", "config.py"]
 from sidt.cli.commands import main
+from sidt.detection.data.annotations import write_subsets
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
@@ -166,3 +169,51 @@ def test_damaged_images_are_named(config, data, tmp_path, refused):
         path.write_bytes(path.read_bytes()[:60])
     with refused("image", str(copy)):
         read_batches(opened(config, copy, tmp_path / "run").config, 4, batch_size=2)
+
+
+@pytest.mark.parametrize(  # OpenCV does not name an empty file, and Pillow names none
+    ("workers", "kept", "backend"), [(0, 60, "cv2"), (1, 60, "cv2"), (0, 0, "cv2"), (1, 0, "pillow")]
+)
+def test_a_damaged_image_is_named_by_every_step(config, data, checkpoint, tmp_path, refused, workers, kept, backend):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    options = {f"{part}_dataloader.num_workers": workers for part in ("train", "test")}
+    options |= {f"{part}_dataloader.persistent_workers": False for part in ("train", "test", "val")}
+    options |= {f"{part}_dataloader.dataset.pipeline.0.imdecode_backend": backend for part in ("train", "test")}
+    run = open_run(config, tmp_path / "run", options, {"score_images": 24}, data_root=copy)
+    pipeline.take_checkpoint(run, checkpoint)
+    train = copy / "annotations" / "train.json"
+    read = {"val": train.with_name("val.json"), "train": write_subsets(train, tmp_path, held=4, seed=0)["rest"]}
+    for part, steps in {"val": ["evaluate"], "train": ["search", "train_dense"]}.items():
+        damaged = copy / part / json.loads(read[part].read_text())["images"][2]["file_name"]
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:kept])
+        for step in steps:
+            with refused(f"cannot read the image {damaged}", ".json"):
+                getattr(pipeline, step)(run, *([print] if step == "search" else []))
+        damaged.write_bytes(whole)
+
+
+def test_mixed_precision_needs_a_gpu_and_does_not_stay(
+    config, data, checkpoint, tmp_path, monkeypatch, refused, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = ["--out", str(tmp_path / "run"), "--data-root", str(data)]
+    monkeypatch.setattr(sys, "argv", ["sidt", "detect", "train", str(config), *run, "--amp"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sidt:")]
+    assert stopped.value.code == 2 and len(lines) == 1 and "--amp" in lines[0] and "CUDA" in lines[0]
+    pipeline.take_checkpoint(opened(config, data, tmp_path / "run"), checkpoint)
+    with refused("--amp", "CUDA"):
+        amp = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": "dynamic"}
+        pipeline.train_dense(opened(config, data, tmp_path / "run"), amp)
+
+
+def test_options_of_a_call_do_not_stay(config, data, checkpoint, tmp_path):
+    run = opened(config, data, tmp_path / "run", trials=7, timeout=5.0, device="cpu", storage="sqlite:///x.db", seed=3)
+    assert (run.settings.trials, run.settings.timeout, run.settings.device) == (7, 5.0, "cpu")
+    pipeline.take_checkpoint(run, checkpoint)
+    again = open_run(tmp_path / "run").settings
+    assert (again.trials, again.timeout, again.device, again.storage) == (2, None, "auto", None)  # the config's
+    assert again.seed == 3  # what was held out depends on it

@@ -33,7 +33,6 @@ from sidt.detection.detectors.space import detector_space, parts
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import open_detector, open_run
 from sidt.detection.training.loss import detector_loss, read_batches
-from sidt.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -202,17 +201,52 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     after = json.loads((folder / "search" / "search.json").read_text())
     assert after["values"][:2] == before["values"] and len(after["values"]) == 3
     assert not any("scores" in line for line in said)  # they were not measured again
-    # The fine-tuned detector may be of another plan now, and then it is not shown beside the sliced one.
     assert load_detector(folder / "sliced")[0].sidt_rotated == ("embed.1", "embed.2")  # base/ was read again
+
+
+def test_what_is_of_another_detector_is_not_taken(run, checkpoint, tmp_path, refused):
+    """The same search leaves the same files; another one's slice was not fine-tuned, another detector not searched."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+
+    def evaluate():
+        return pipeline.evaluate(open_run(folder), latency=False)
+
+    pipeline.take_checkpoint(open_run(folder), checkpoint)  # written again, with the same weights
+    pipeline.search(open_run(folder, settings={"trials": 2}), print)
+    assert "fine-tuned" in evaluate()
+    pipeline.search(open_run(folder, settings={"budget": {"params": 0.8}}), print)
+    with refused("model.safetensors", "another sliced detector", "sidt detect finetune"):
+        evaluate()
     shutil.copytree(run / "sliced", folder / "sliced", dirs_exist_ok=True)
-    plan = folder / "sliced" / "plan.json"
-    plan.write_text(plan.read_text().replace("[", "[ "))
-    assert "fine-tuned" in pipeline.evaluate(open_run(folder), latency=False)
-    keep = json.loads(plan.read_text())
-    keep["keep"]["hidden.0.0"] = keep["keep"]["hidden.0.0"][:-1]
-    plan.write_text(json.dumps(keep))
-    with pytest.raises(InputError, match="finetune"):
-        pipeline.evaluate(open_run(folder), latency=False)
+    with refused("sliced/plan.json", "not of one", "sidt detect search"):
+        evaluate()
+    weights = load_file(folder / "dense" / "model.safetensors")
+    torch.save({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "other.pth")
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    pipeline.take_checkpoint(open_run(folder), tmp_path / "other.pth")
+    for step in (evaluate, lambda: pipeline.finetune(open_run(folder)), lambda: pipeline.draw(open_run(folder), 1)):
+        with refused("sliced", "another dense detector", "dense", "sidt detect search"):
+            step()
+    shutil.rmtree(folder / "provenance")  # as earlier versions left it
+    assert "fine-tuned" in evaluate()
+
+
+def test_a_search_leaves_its_plan_whatever_happens_to_its_last_check(run, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "gain_on", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.search(open_run(folder, settings={"budget": {"params": 0.8}}), print)
+    found = json.loads((folder / "search" / "search.json").read_text())
+    assert found["budget"] == "params=0.8" and found["gain"] is None
+    sizes = [sum(p.numel() for p in load_detector(folder / n)[0].backbone.parameters()) for n in ("dense", "sliced")]
+    assert 0.7 < sizes[1] / sizes[0] <= 0.8
+    pipeline.finetune(open_run(folder))
 
 
 PLAIN = """
