@@ -27,6 +27,7 @@ CHAIN = Chain(
         "search": Step("sliced detector", "sliced", (PLAN, "sliced/plan.json", f"sliced/{WEIGHTS}"), ("train",)),
         "finetune": Step("fine-tuned detector", WEIGHTS, ("plan.json", WEIGHTS), ("search",)),
         "evaluate": Step("evaluation", EVALUATION, (EVALUATION,), ("train", "search", "finetune")),
+        "report": Step("report", "report.html", (), ("search", "evaluate")),
     },
 )
 

@@ -14,17 +14,18 @@ from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import load_detector
 from sidt.detection.detectors.space import detector_space, not_counted
 from sidt.detection.runs.folder import (
+    CHAIN,
     EVALUATION,
     PLAN,
     SEARCH,
     DetectionRun,
-    check_one_plan,
     detectors,
     existing,
     input_size,
 )
 from sidt.errors import InputError
 from sidt.files import read_json
+from sidt.runs import provenance
 from sidt.runs.answers import in_turn
 from sidt.runs.page import search_section
 from sidt.runs.parts import (
@@ -68,7 +69,7 @@ def write_page(run: DetectionRun) -> Path:
     Raises:
         InputError: one of them has not been done, or the detectors are of two searches.
     """
-    check_one_plan(run)
+    provenance.inputs(run.folder, CHAIN, "report")
     for name, step in ((PLAN, "search"), (SEARCH, "search"), (EVALUATION, "evaluate")):
         if not (run.folder / name).is_file():
             raise InputError(f"{run.folder / name} is not there; run `sidt detect {step} {run.folder}` first")

@@ -50,7 +50,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     config = read_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     own = folder
     if config is not None:
-        provenance.check(folder, CHAIN, "finetune")
+        provenance.inputs(folder, CHAIN, "report")
         own = next((f for f in (folder, folder / "sliced") if (f / "config.json").is_file()), folder)
         if not (own / "config.json").is_file():
             raise InputError(f"{folder} has no sliced model yet; run `sidt slice {folder}` first")

@@ -16,9 +16,11 @@ from sidt.export.models import create_model
 from sidt.export.onnx import BOUNDS, Precision, as_onnx
 from sidt.export.program import BOUND, as_program
 from sidt.files import check_file, write_bytes
-from sidt.runs.folder import check_one_plan, existing, open_run
-from sidt.runs.report import table
+from sidt.runs import provenance
+from sidt.runs.folder import CHAIN, existing, open_run
+from sidt.runs.tables import table
 from sidt.space.trace import InputSize, input_size_of
+from sidt.training.preparation import preparation_of
 
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 _RUNTIME = {"onnx": "ONNX Runtime", "torch": "exported"}
@@ -92,12 +94,11 @@ def export_source(
         raise InputError(f"--random-weights is for timm models; {source} has weights")
     if (path / "config.yaml").is_file():
         run = open_run(path)
-        check_one_plan(run)
+        provenance.inputs(path, CHAIN, "evaluate")
         name, folder = ("fine-tuned", path) if (path / "config.json").is_file() else ("sliced", path / "sliced")
         small = load(existing(run, str((folder / "config.json").relative_to(path)), "slice").parent)
         models = {"dense": load(path / "dense")} if (path / "dense" / "config.json").is_file() else {}
-        side = run.config.data.image_size
-        size = (input_size_of(small)[0], side, side)
+        size = (input_size_of(small)[0], *preparation_of(run.config.data).size)
         return export_models(models | {name: small}, input_size or size, out or options.file(path, "model"), options)
     if (path / "config.json").is_file():
         name, model, file = path.name or "model", load(path), options.file(path, "model")
