@@ -86,7 +86,7 @@ def evaluate_on(
     options = {"device": run.device}
     if gives_features(dense):
         wanted, seen = (evaluated(m, _unlabelled(images), **options).flatten(1) for m in (dense, model))
-        same = (_neighbours(wanted) == _neighbours(seen)).numpy()
+        same = (neighbours(wanted) == neighbours(seen)).numpy()
         error = float(distances(seen, wanted, features=True).mean())
         return _with_error("neighbours", same) | {"relative_error": error}, None
     given = answers(model, images, **options)
@@ -104,7 +104,7 @@ def _with_error(key: str, right: np.ndarray) -> dict[str, float]:
     return {key: float(right.mean()), "error": float(right.std() / np.sqrt(len(right))), "images": len(right)}
 
 
-def _neighbours(features: Tensor) -> Tensor:
+def neighbours(features: Tensor) -> Tensor:
     """Of each row the nearest other row, by the cosine."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     found = []

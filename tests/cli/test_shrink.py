@@ -1,4 +1,4 @@
-"""``sidt shrink``: from a model, a folder and a budget to a run folder; labels or none, a head or none, some classes."""
+"""``sidt shrink``: from a model, a folder and a budget to a run folder; with labels or none, a head or none."""
 
 import json
 
