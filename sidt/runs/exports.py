@@ -139,9 +139,9 @@ def export_models(models: Mapping[str, nn.Module], size: InputSize, file: Path, 
     text = table(["model", "bytes", f"{_RUNTIME[options.to]} ms", "torch ms", "max error"], rows)
     batch = "any batch" if options.dynamic_batch else "one image"
     return (
-        f"{text}\n\n{options.precision} {options.to} of the {name} model -> {file}\n"
+        f"{text}\n\n{name}, {options.precision} -> {file}\n"
         f"It takes {batch} of {'x'.join(map(str, size))}. Its largest error is {said(exports[name])}. Latency: one "
-        f"image, median of rounds in turn, {torch.get_num_threads()} threads, {processor()}."
+        f"image, median of rounds in turn, torch threads: {torch.get_num_threads()}, {processor()}."
     )
 
 
