@@ -13,9 +13,13 @@ from sidt.errors import InputError
 @click.command()
 @click.argument("source", metavar="RUN|CHECKPOINT|MODEL")
 @click.option(
-    "--to", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help="torch: a .pt2 file."
+    "--to",
+    type=click.Choice(["onnx", "torch", "timm"]),
+    default="onnx",
+    show_default=True,
+    help="torch: a .pt2 file; timm: a folder that timm reads by itself, of uniform sizes.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The file; default: model.onnx in the folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="The file or folder; default: model.onnx in the folder.")
 @click.option("--dynamic-batch", is_flag=True, help="Take batches of any size, and not one image.")
 @click.option("--opset", type=int, help="Version of ONNX's operators; default: torch's.")
 @click.option("--fp16", is_flag=True, help="Weights and arithmetic in float16.")
@@ -36,8 +40,14 @@ def export(
     A RUN gives its fine-tuned model, else its sliced one; a run of ``sidt detect`` the backbone's maps, or what the
     heads of the whole detector give. Nothing is written unless the file computes what the model computes.
     """
-    from sidt.runs.exports import ExportOptions, export_source
+    from sidt.runs.exports import ExportOptions, export_source, export_to_timm
 
+    if options["to"] == "timm":
+        given = [name for name in ("dynamic_batch", "opset", "fp16", "int8") if options[name]]
+        if given or input_size or random_weights or part:
+            raise InputError("--to timm takes --out alone: it writes the model's weights as they are")
+        click.echo(export_to_timm(source, out))
+        return
     checked, size = ExportOptions(**options), image_size(input_size)
     if names_a_detector(source):
         if random_weights:

@@ -19,7 +19,7 @@ def together(*options: Decorator) -> Decorator:
 
 SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
-DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N; of this call alone.")
 SET = click.option(
     "--set",
     "overrides",
@@ -28,7 +28,7 @@ SET = click.option(
     help="Replace a value of the run's config, e.g. train.epochs=3; it stays replaced. Repeatable.",
 )
 TRIALS = together(
-    click.option("--trials", type=int, help="Finished trials in all."),
+    click.option("--trials", type=int, help="Finished trials in all; of this call alone."),
     click.option("--timeout", type=float, help="Seconds after which no new trial starts."),
     click.option("--seed", type=int, help="Of Optuna's sampler and of what is drawn at random."),
     click.option("--storage", help="Optuna storage URL; default: SQLite in the run folder."),

@@ -12,6 +12,7 @@ from sidt.cost.clock import processor, time_in_turn
 from sidt.errors import InputError
 from sidt.export.agreement import Exported, ready, refuse_beyond, said
 from sidt.export.checkpoint import load
+from sidt.export.constructor import to_timm
 from sidt.export.models import create_model
 from sidt.export.onnx import BOUNDS, Precision, as_onnx
 from sidt.export.program import BOUND, as_program
@@ -93,10 +94,8 @@ def export_source(
     if random_weights and path.exists():
         raise InputError(f"--random-weights is for timm models; {source} has weights")
     if (path / "config.yaml").is_file():
-        run = open_run(path)
-        provenance.inputs(path, CHAIN, "evaluate")
-        name, folder = ("fine-tuned", path) if (path / "config.json").is_file() else ("sliced", path / "sliced")
-        small = load(existing(run, str((folder / "config.json").relative_to(path)), "slice").parent)
+        run, (name, folder) = open_run(path), _result_of(path)
+        small = load(folder)
         models = {"dense": load(path / "dense")} if (path / "dense" / "config.json").is_file() else {}
         size = (input_size_of(small)[0], *preparation_of(run.config.data).size)
         return export_models(models | {name: small}, input_size or size, out or options.file(path, "model"), options)
@@ -108,6 +107,36 @@ def export_source(
         name, model = source, create_model(source, {}, pretrained=not random_weights)
         file = options.file(Path(), source.rpartition("/")[2])
     return export_models({name: model}, input_size or input_size_of(model), out or file, options)
+
+
+def export_to_timm(source: str, out: Path | None) -> str:
+    """Write the model of a run or checkpoint folder as one of timm's own (:func:`sidt.export.to_timm`).
+
+    Args:
+        source: a run folder (its fine-tuned model, else its sliced one), or a checkpoint folder.
+        out: the folder; default: ``timm`` in it.
+
+    Raises:
+        InputError: the source is none of these or has no model yet, or timm takes none of its sizes.
+    """
+    path = Path(source)
+    if (path / "config.yaml").is_file():
+        _, folder = _result_of(path)
+    elif (path / "config.json").is_file():
+        folder = path
+    else:
+        raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
+    out = out or path / "timm"
+    says = to_timm(load(folder), out)
+    args = ", ".join(f"{key}={value!r}" for key, value in says["model_args"].items())
+    return f"timm.create_model({says['architecture']!r}, {args}) -> {out}"
+
+
+def _result_of(run: Path) -> tuple[str, Path]:
+    """The result of a run: what it is, and its folder."""
+    provenance.inputs(run, CHAIN, "evaluate")
+    name, folder = ("fine-tuned", run) if (run / "config.json").is_file() else ("sliced", run / "sliced")
+    return name, existing(open_run(run), str((folder / "config.json").relative_to(run)), "slice").parent
 
 
 def export_models(models: Mapping[str, nn.Module], size: InputSize, file: Path, options: ExportOptions) -> str:

@@ -27,7 +27,7 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
     assert "Where the curve bends" in (tmp_path / "r" / "report.md").read_text()
     assert sidt_command("slice", tmp_path / "r", "--at", 0.9)[0] == 0
     code, _, err = sidt_command("evaluate", tmp_path / "r")
-    assert code == 2 and "of another plan" in err  # what was fine-tuned is another point of the curve
+    assert code == 2 and "another sliced model" in err  # what was fine-tuned is another point of the curve
     for step in ("finetune", "evaluate", "report"):
         assert sidt_command(step, tmp_path / "r")[0] == 0
     rows = read("evaluation.json")
@@ -38,7 +38,8 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
         assert code == 2 and "not on the curve" in err and err.count("\n") == 1
     assert sidt_command("score", tmp_path / "r", "--set", "steps=2", "--set", "search.pareto=false")[0] == 0
     code, _, err = sidt_command("slice", tmp_path / "r", "--at", 0.9)
-    assert code == 2 and "steps=1" in err  # the curve is of another base
+    assert code == 2 and "another scored model" in err and "sidt search" in err  # the curve is of another base
+    assert sidt_command("score", tmp_path / "r", "--set", "steps=1", "--set", "search.pareto=true")[0] == 0
     (tmp_path / "r" / "search" / "search.json").write_text(json.dumps(read("search/search.json") | {"front": [{}]}))
     code, _, err = sidt_command("slice", tmp_path / "r", "--at", 0.9)
     assert code == 2 and "search again" in err and err.count("\n") == 1

@@ -57,6 +57,18 @@ def hooks_of(model: nn.Module) -> list[object]:
     return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind)]
 
 
+def test_a_teacher_of_other_classes_is_refused(refused):
+    teacher = tiny(num_classes=5)
+    student = sliced(tiny())
+    with refused("teacher has 5 classes", "student 3", "logits=0"):
+        distillation_loss(teacher, student)
+    assert fit(student, toy(), quick(epochs=1), loss=distillation_loss(teacher, student, logits=0))
+    images, labels = toy(4).tensors
+    loss = distillation_loss(nn.Sequential(teacher), nn.Sequential(student), features=0)  # which do not say it
+    with refused("teacher has 5 classes", "student 3"):
+        loss(nn.Sequential(student), images, labels)
+
+
 # --- values --------------------------------------------------------------------------------------------------------
 
 

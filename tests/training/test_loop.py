@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sidt.errors import InputError
 from sidt.training.devices import resolve_device
@@ -384,6 +384,18 @@ def test_finetune_takes_options_and_names_bad_ones(tmp_path):
         with pytest.raises(InputError, match=said) as error:
             finetune(model, Toy(), **options)
         assert "\n" not in str(error.value)
+
+
+def test_what_is_no_data_set_is_refused(refused):
+    """A loader gives batches; it would be read as a data set whose samples are batches."""
+    loader, data = DataLoader(Toy(), 4), Toy()
+    for wrong, said in ((loader, "DataLoader"), (iter(data), "without a length"), (7, "int")):
+        with refused(said, "data set"):
+            finetune(toy_model(), wrong, epochs=1)
+        with refused(said, "data set"):
+            finetune(toy_model(), data, epochs=1, val=wrong)
+        with refused(said, "data set"):
+            correct(toy_model(), wrong)
 
 
 @pytest.mark.parametrize(
