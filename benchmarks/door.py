@@ -37,12 +37,10 @@ COMMANDS = (
 )
 # The folders of a commit as they are installed: detection/ and the other two stand inside sidt.
 PARTS = ("detection", "search_spaces", "configs")
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
 TINY = {
-    "model": {
-        "name": "deit_tiny_patch16_224",
-        "args": {"img_size": 32, "patch_size": 4, "depth": 2, "num_classes": 10},
-    },
-    "data": {"name": "digits"},
+    "model": {"name": "deit_tiny_patch16_224", "args": SMALL},
+    "data": {"name": "digits", "image_size": 16},
     "train": {"epochs": 1},
     "score": {"images": 64},
     "budget": {"params": 0.6},
