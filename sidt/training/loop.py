@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from safetensors.torch import save as dump_tensors
@@ -40,6 +40,11 @@ _FREE = {
     "workers",
     "device",
 }  # may change between a run and its resumption: they are no part of what is computed
+
+
+def _as_text(value: Any) -> Any:
+    """YAML reads ``no`` as false."""
+    return "no" if value is False else value
 
 
 class TrainConfig(BaseModel):
@@ -81,7 +86,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=0, ge=0)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_as_text)] = "no"
 
     @field_validator("opt")
     @classmethod

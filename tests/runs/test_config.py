@@ -66,3 +66,10 @@ def test_bad_files(write, tmp_path, refused):
         read_config(write("- a\n- b"))
     with refused("budget", "Field required"):
         read_config(write({"model": {"name": "x"}}))
+
+
+def test_yaml_reads_no_as_false_and_precision_may_be_no(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: vit_tiny_patch16_224}\nbudget: {params: 0.5}\nfinetune: {precision: no}\n")
+    assert read_config(path).finetune.precision == "no"
+    assert read_config(path, ["train.precision=no"]).train.precision == "no"
