@@ -95,7 +95,7 @@ def card(
         f"# {repository.split('/')[1]}",
         _size(source, dense, None if plan is None else small),
         "```python\n"
-        "# pip install sidt\n"
+        "# with SiDT installed\n"
         "import sidt\nimport torch\n\n"
         f'model = sidt.load("hf-hub:{repository}")\n'
         f"logits = model(torch.zeros(1, {size}))\n```",
@@ -121,10 +121,11 @@ def _size(source: str, dense: ComplexityReport, small: ComplexityReport | None) 
 def _how(config: RunConfig) -> str:
     """What was pruned and how."""
     searched = ", ".join(config.search.kinds or ("heads", "q/k and v sizes", "MLP sizes", "the width"))
+    alike = ", the same in every block" if config.search.uniform else ""
     repair = ", aligned before it was scored and repaired in closed form after it was cut" if config.repair else ""
     return (
         f"Budget: {config.budget.value()}, on `{config.data.name}`. Scores by {config.score.method} on "
-        f"{config.score.images} images; {config.search.trials} trials over {searched}{repair}."
+        f"{config.score.images} images; {config.search.trials} trials over {searched}{alike}{repair}."
     )
 
 
