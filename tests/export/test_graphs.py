@@ -60,6 +60,8 @@ def test_every_backbone_leaves_as_onnx_and_as_a_program(backbone, tmp_path):
     said = sidt.export.to_onnx(small, tmp_path / "a.onnx", input_size=size, dynamic_batch=dynamic)
     again = sidt.export.to_torch(small, tmp_path / "a.pt2", input_size=size, dynamic_batch=dynamic)
     assert said.error < 1e-5 and again.error < 1e-5
+    empty = [t.name for t in onnx.load(tmp_path / "a.onnx").graph.initializer if 0 in t.dims]
+    assert not empty, "many versions of ONNX Runtime cannot multiply by nothing"
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     for batch in (1, 4, 3) if dynamic else (1,):
         images = backbone.images(batch)
