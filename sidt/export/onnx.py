@@ -147,6 +147,7 @@ def _quantised(proto: Any) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    proto.graph.ClearField("value_info")  # it is inferred again: the quantiser transposes weights that it has shapes of
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_dynamic(

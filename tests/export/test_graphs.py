@@ -37,7 +37,6 @@ FAMILIES = (
     Backbone(SWIN_V2.name, WINDOWS | {"img_size": 64}, label="small"),
     Backbone(PVT.name, STAGES, (3, 32, 32), label="small"),
 )
-SMALL_SWIN = FAMILIES[1]
 ALL = [*FAMILIES, *(pytest.param(b, marks=pytest.mark.slow) for b in BACKBONES if b not in FAMILIES)]
 
 
@@ -79,7 +78,7 @@ def test_a_batch_that_the_model_counts_in_python_is_refused(tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backbone", [VIT_TINY, pytest.param(SMALL_SWIN, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("backbone", [VIT_TINY, pytest.param(SWIN, marks=pytest.mark.slow)], ids=str)
 def test_fewer_bytes_for_a_larger_error(backbone, tmp_path):
     model = sliced(backbone)
     found = {p: sidt.export.to_onnx(model, tmp_path / p, precision=p) for p in ("float32", "fp16", "int8")}
