@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sidt.errors import InputError
 from sidt.export.agreement import Exported, compared, example, outputs_of, ready, refuse_beyond
@@ -86,20 +88,42 @@ def as_onnx(
     return compared(model, data, run, images, dynamic_batch=dynamic_batch)
 
 
+class _NoEmptyLayers(TorchFunctionMode):
+    """Linear layers that read no features (there are no heads, or no units) become their bias.
+
+    ONNX Runtime up to 1.30 fuses products over nothing into what it then cannot run.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called in place of each function of torch."""
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        return _linear(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.shape[1]:
+        return F.linear(input, weight, bias)
+    rows = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return rows.expand(*input.shape[:-1], -1)
+
+
 def _graph(model: nn.Module, images: Tensor, dynamic_batch: bool, opset: int | None) -> Any:
     """The model as torch's exporter writes it, without the traces of the machine that it was written on."""
     outputs = outputs_of(model, images)
+    names = ["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
     try:
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=["images"],
-            output_names=["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))],
-            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
-        )
+        with _NoEmptyLayers():
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+            )
     except torch.onnx.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"torch cannot export this {type(model).__name__} to ONNX: {reason}") from None
@@ -119,18 +143,17 @@ def _half(proto: Any) -> Any:
 
 
 def _quantised(proto: Any) -> Any:
-    """Linear layers with weights of 8 bits, by channel; those without any weight (no heads, no units) as they are."""
+    """Linear layers with weights of 8 bits, by channel."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    empty = {tensor.name for tensor in proto.graph.initializer if 0 in tensor.dims}
+    proto.graph.ClearField("value_info")  # it is inferred again: the quantiser transposes weights that it has shapes of
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_dynamic(
             proto,
             path,
             op_types_to_quantize=["MatMul", "Gemm"],  # convolutions would get slower
-            nodes_to_exclude=[node.name for node in proto.graph.node if empty & set(node.input)],
             per_channel=True,
             reduce_range=True,  # 7 bits: older processors overflow in the sum of two products of 8
             weight_type=QuantType.QInt8,

@@ -37,7 +37,6 @@ FAMILIES = (
     Backbone(SWIN_V2.name, WINDOWS | {"img_size": 64}, label="small"),
     Backbone(PVT.name, STAGES, (3, 32, 32), label="small"),
 )
-SMALL_SWIN = FAMILIES[1]
 ALL = [*FAMILIES, *(pytest.param(b, marks=pytest.mark.slow) for b in BACKBONES if b not in FAMILIES)]
 
 
@@ -60,6 +59,8 @@ def test_every_backbone_leaves_as_onnx_and_as_a_program(backbone, tmp_path):
     said = sidt.export.to_onnx(small, tmp_path / "a.onnx", input_size=size, dynamic_batch=dynamic)
     again = sidt.export.to_torch(small, tmp_path / "a.pt2", input_size=size, dynamic_batch=dynamic)
     assert said.error < 1e-5 and again.error < 1e-5
+    empty = [t.name for t in onnx.load(tmp_path / "a.onnx").graph.initializer if 0 in t.dims]
+    assert not empty, "many versions of ONNX Runtime cannot multiply by nothing"
     loaded = torch.export.load(tmp_path / "a.pt2").module()
     for batch in (1, 4, 3) if dynamic else (1,):
         images = backbone.images(batch)
@@ -77,7 +78,7 @@ def test_a_batch_that_the_model_counts_in_python_is_refused(tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backbone", [VIT_TINY, pytest.param(SMALL_SWIN, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("backbone", [VIT_TINY, pytest.param(SWIN, marks=pytest.mark.slow)], ids=str)
 def test_fewer_bytes_for_a_larger_error(backbone, tmp_path):
     model = sliced(backbone)
     found = {p: sidt.export.to_onnx(model, tmp_path / p, precision=p) for p in ("float32", "fp16", "int8")}
