@@ -31,7 +31,6 @@ COMMANDS = (
     "spaces",
     "spaces deit_small_patch16_224",
     "complexity deit_small_patch16_224",
-    "complexity deit_small_patch16_224 --input 3x384x384",
     "complexity RUN",
     "search RUN",
 )
