@@ -177,8 +177,8 @@ def main(data: Path, weights: Path, shares: str, trials: int, images: int, seeds
             values[name].append(np.stack([task.values(plan) for plan in chosen]))
         text, found = summary(values, parts, infos)
         about = (
-            f"{len(infos)} seeds. For each share {trials} trials; the Pareto study has the processor time of all of "
-            f"them together, or a {len(parts)}th of it. {images} held-out images a trial, one step everywhere "
+            f"Seeds: {', '.join(infos)}. For each share {trials} trials; the Pareto study has the processor time of "
+            f"all of them together, or a {len(parts)}th of it. {images} held-out images a trial, one step everywhere "
             f"(a run makes four of a budget of 12 % or less, which a Pareto study cannot). Judged on the "
             f"{len(dense):,} test images (dense: {dense[:, 0].mean():.2%}, {dense[:, 1].mean():.4f}): means over "
             "the seeds, (sd) over the seeds. Area: the mean height of the curve over the logarithm of the share, by "

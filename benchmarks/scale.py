@@ -7,6 +7,7 @@ has too; what a forward and a backward pass over the same images take is measure
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -159,7 +160,8 @@ def main(models: str, images: int, batch: int, methods: str, note: str | None, o
             lines = done.stdout.strip().splitlines()
             found[f"{name}/{method}"] = json.loads(lines[-1]) if lines else {"stages": {}}
             if done.returncode:
-                found[f"{name}/{method}"]["failed"] = f"ended with code {done.returncode}, out of memory?"
+                why = ", out of memory?" if done.returncode == -signal.SIGKILL else ""
+                found[f"{name}/{method}"]["failed"] = f"ended with code {done.returncode}{why}"
     text = "\n\n".join(_table(found, models.split(","), method) for method in methods.split(","))
     write_results(out, "Scale: time and memory of every stage", where, f"{_about(images, batch)}\n\n{text}", found)
     click.echo(text)
