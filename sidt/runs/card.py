@@ -18,6 +18,7 @@ from sidt.runs.config import RunConfig, read_config
 from sidt.runs.folder import CHAIN
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
+from sidt.training.preparation import preparation_of
 
 _PICTURES = {"kept.png": "units kept", "search.png": "search"}
 _PAPER = "https://arxiv.org/abs/2204.07722"
@@ -125,14 +126,16 @@ def _how(config: RunConfig) -> str:
     repair = ", aligned before it was scored and repaired in closed form after it was cut" if config.repair else ""
     return (
         f"Budget: {config.budget.value()}, on `{config.data.name}`. Scores by {config.score.method} on "
-        f"{config.score.images} images; {config.search.trials} trials over {searched}{alike}{repair}."
+        f"{config.score.images} images; {config.search.trials} trials over {searched}{alike}{repair}. "
+        f"Its {preparation_of(config.data)}."
     )
 
 
 def _measured(rows: dict[str, Any], config: RunConfig) -> str:
     last = list(rows.values())[-1]
+    what = reporting.quality(last)[0].capitalize()
     return (
-        f"Top-1 on the {last['images']:,} test images of `{config.data.name}`, with one standard error. Latency: "
+        f"{what} on the {last['images']:,} test images of `{config.data.name}`, with one standard error. Latency: "
         f"median of one image on {last['device']}."
     )
 
@@ -145,7 +148,7 @@ def _metadata(model: nn.Module, repository: str, config: RunConfig | None, rows:
     """The YAML before a card, which the hub reads."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     results = None
-    if rows and config is not None:
+    if rows and config is not None and "top1" in list(rows.values())[-1]:
         shown = rows.get("fine-tuned") or list(rows.values())[-1]
         results = [
             EvalResult(

@@ -1,12 +1,15 @@
 """``sidt export`` on a run folder, a checkpoint folder and a timm model, and what it refuses."""
 
+import json
 import re
 
 import onnxruntime
 import pytest
+import timm
 import torch
 import yaml
 from backbones import random_plan, shake
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import sidt
@@ -111,3 +114,25 @@ def test_a_run_that_is_not_sliced_says_the_step(run, mistake, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     mistake("export", tmp_path, says=["sidt slice"])
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_for_timm_alone(sidt_command, mistake, tmp_path):
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    scores = sidt.importance.random(model)
+    for name, uniform in (("even", True), ("odd", False)):
+        plan = sidt.allocate(scores, sidt.Budget(params=0.6), uniform=uniform)
+        sidt.save(sidt.slice_model(model, plan), tmp_path / name)
+    code, out, err = sidt_command("export", tmp_path / "even", "--to", "timm")
+    assert code == 0 and "timm.create_model('vit_tiny_patch16_224'" in out, err
+    folder = tmp_path / "even" / "timm"
+    config = json.loads((folder / "config.json").read_text())
+    alone = timm.create_model(config["architecture"], **config["model_args"]).eval()
+    alone.load_state_dict(load_file(folder / "model.safetensors"))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(alone(images), sidt.load(tmp_path / "even")(images), atol=1e-5)
+    mistake("export", tmp_path / "odd", "--to", "timm", says=["does not take these sizes", "uniform"])
+    mistake("export", tmp_path / "even", "--to", "timm", "--fp16", says=["--to timm takes --out alone"])
+    mistake("export", tmp_path, "--to", "timm", says=["no run folder and no checkpoint"])
+    assert not (tmp_path / "odd" / "timm").exists()

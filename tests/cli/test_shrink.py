@@ -177,3 +177,15 @@ def test_broken_images_are_all_named_and_left_out_if_asked(mistake, shrink, weig
     mistake("shrink", "vit_tiny_patch16_224", *given, says=["3 images", *map(str, bad), "--skip-broken"])
     _, run = shrink("vit_tiny_patch16_224", *arguments, "--skip-broken")
     assert (run / "report.md").is_file()
+
+
+def test_the_card_of_a_run_without_labels(shrink, images, tmp_path):
+    from sidt.runs.card import card
+    from sidt.runs.config import read_config
+
+    path = tmp_path / "seven.safetensors"
+    save_file(trained(7).state_dict(), path)
+    _, run = shrink("vit_tiny_patch16_224", "--images", images, "--budget.params", "0.6", "--checkpoint", path)
+    text = card(sidt.load(run / "sliced"), "me/small", run, read_config(run / "config.yaml"), [])
+    assert "Same answer as dense on the 16 test images" in text and "metric" not in text
+    assert "Its images: 16 x 16, bicubic, crop 0.9 (center), mean 0.5, 0.5, 0.5" in text
