@@ -35,21 +35,22 @@ MODELS = {
     "DINOv2-g": ("vit_giant_patch14_dinov2", {"img_size": 224, "num_classes": 1000}),
 }
 SHARE = 0.4
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 OWN = ("space", "moments", "align", "score", "allocate", "slice and repair")
 OTHERS = ("graph", "gradients", "prune")
 
 
 class Stages:
-    """What each stage took: seconds, and the peak of the process's memory meanwhile, in GiB."""
+    """What each stage took: seconds by a clock, and the peak of the process's memory meanwhile, in GiB."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[float, float]] = {}
+    def __init__(self, clock: str) -> None:
+        self.clock, self.found = CLOCKS[clock], dict[str, tuple[float, float]]()
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-        begin = time.perf_counter()
+        begin = self.clock()
         result = work()
-        seconds = time.perf_counter() - begin
+        seconds = self.clock() - begin
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         self.found[name] = (seconds, peak / 2**20)
@@ -114,7 +115,7 @@ def torch_pruning(stages: Stages, model: Any, batches: list[tuple[Tensor, Tensor
     stages.run("prune", pruner.step)
 
 
-def one(name: str, images: int, batch: int, method: str) -> dict[str, Any]:
+def one(name: str, images: int, batch: int, clock: str, method: str) -> dict[str, Any]:
     """All stages of one method on one model, in this process."""
     torch.manual_seed(0)
     timm_name, args = MODELS[name]
@@ -123,7 +124,7 @@ def one(name: str, images: int, batch: int, method: str) -> dict[str, Any]:
         (torch.randn(min(batch, images - i), 3, 224, 224), torch.arange(min(batch, images - i)) % 1000)
         for i in range(0, images, batch)
     ]
-    stages = Stages()
+    stages = Stages(clock)
     dense = sum(p.numel() for p in models[0].parameters())
     passes(stages, models[0], batches)
     if method == "SiDT":
@@ -140,22 +141,25 @@ def one(name: str, images: int, batch: int, method: str) -> dict[str, Any]:
 @click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--images", default=32, show_default=True)
 @click.option("--batch", default=16, show_default=True)
+@click.option("--clock", default="wall", show_default=True, type=click.Choice(list(CLOCKS)))
 @click.option("--methods", default="SiDT,Torch-Pruning", show_default=True)
 @click.option("--note", help="What else the machine was doing.")
 @click.option("--only", help="Internal: MODEL/METHOD, in this process, as JSON.")
 @click.option("--out", default=str(HERE / "results" / "scale"), type=click.Path(path_type=Path))
-def main(models: str, images: int, batch: int, methods: str, note: str | None, only: str | None, out: Path) -> None:
+def main(
+    models: str, images: int, batch: int, clock: str, methods: str, note: str | None, only: str | None, out: Path
+) -> None:
     """Run every model with every method, then write the results."""
     if only is not None:
         name, method = only.split("/")
-        click.echo(json.dumps(one(name, images, batch, method)))
+        click.echo(json.dumps(one(name, images, batch, clock, method)))
         return
     where, found = environment() | ({"note": note} if note else {}), {}
     for name in models.split(","):
         for method in methods.split(","):
             click.echo(f"{name}, {method}")
             command = [sys.executable, "-W", "ignore", __file__, "--only", f"{name}/{method}"]
-            command += ["--images", str(images), "--batch", str(batch)]
+            command += ["--images", str(images), "--batch", str(batch), "--clock", clock]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             lines = done.stdout.strip().splitlines()
             found[f"{name}/{method}"] = json.loads(lines[-1]) if lines else {"stages": {}}
@@ -163,15 +167,17 @@ def main(models: str, images: int, batch: int, methods: str, note: str | None, o
                 why = ", out of memory?" if done.returncode == -signal.SIGKILL else ""
                 found[f"{name}/{method}"]["failed"] = f"ended with code {done.returncode}{why}"
     text = "\n\n".join(_table(found, models.split(","), method) for method in methods.split(","))
-    write_results(out, "Scale: time and memory of every stage", where, f"{_about(images, batch)}\n\n{text}", found)
+    write_results(
+        out, "Scale: time and memory of every stage", where, f"{_about(images, batch, clock)}\n\n{text}", found
+    )
     click.echo(text)
 
 
-def _about(images: int, batch: int) -> str:
+def _about(images: int, batch: int, clock: str) -> str:
     return (
         f"Random weights, {images} random images of 224 x 224, batches of {batch}, {SHARE:.0%} of the parameters left. "
-        f"Each cell: seconds, and the peak memory of the process in GiB, the model and the images included. 'All but "
-        f"the passes': the stages' sum without one forward (moments) and one forward and backward (score)."
+        f"Each cell: {clock} seconds, and the peak memory of the process in GiB, the model and the images included. "
+        f"'All but the passes': the stages' sum without one forward (moments) and one forward and backward (score)."
     )
 
 
