@@ -62,21 +62,23 @@ def _do(step: Callable[["Run"], str], run: "Run") -> None:
     remember(run)
 
 
-def _add_step(name: str, function: str, says: str) -> None:
+def _add_step(name: str, module: str, function: str, says: str) -> None:
     """A command that does one step of a run and has no options of its own."""
 
     @cli.command(name, help=says)
     @_STEP
     def step(**arguments: Any) -> None:
-        from sidt.runs import pipeline
+        from importlib import import_module
 
-        _do(getattr(pipeline, function), _open(**arguments))
+        _do(getattr(import_module(f"sidt.runs.{module}"), function), _open(**arguments))
 
 
-_add_step("train", "train", "Train the dense model, or take the weights that the config names.")
-_add_step("score", "score", "Score the importance of every unit; with steps, slice on the way.")
-_add_step("evaluate", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models.")
-_add_step("report", "write_report", "Write report.md and its plots.")
+_add_step("train", "pipeline", "train", "Train the dense model, or take the weights that the config names.")
+_add_step("score", "pipeline", "score", "Score the importance of every unit; with steps, slice on the way.")
+_add_step(
+    "evaluate", "outcome", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models."
+)
+_add_step("report", "outcome", "write_report", "Write report.md and its plots.")
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
@@ -150,16 +151,30 @@ def load(source: str | Path) -> nn.Module:
             folder = _download(*found)
         except InputError as error:
             raise InputError(str(error) if ":" in source else f"there is no folder {source}, and {error}") from None
+    model = _built(folder)
+    load_weights(model, folder / "model.safetensors")
+    return model.eval()
+
+
+def shapes_of(folder: str | Path) -> nn.Module:
+    """The model of a checkpoint folder on the meta device: its shapes, without its weights.
+
+    Raises:
+        InputError: as for :func:`load`.
+    """
+    with torch.device("meta"):
+        return _built(Path(folder)).eval()
+
+
+def _built(folder: Path) -> nn.Module:
+    """The model of a checkpoint folder, sliced, with weights as timm draws them."""
     config = _read_config(folder, str(folder / "config.json"))
     model = create_model(str(config.get("model")), config["args"])
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
     model.pretrained_cfg = {**(model.pretrained_cfg or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))
-    if plan.sizes != plan.space.sizes:
-        model = slice_model(model, plan)
-    load_weights(model, folder / "model.safetensors")
-    return model.eval()
+    return model if plan.sizes == plan.space.sizes else slice_model(model, plan)
 
 
 def _tuples(values: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sidt.errors import InputError
-from sidt.export.checkpoint import load
+from sidt.export.checkpoint import load, shapes_of
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.runs.config import ModelConfig, RunConfig
@@ -49,6 +49,15 @@ def build(config: ModelConfig) -> nn.Module:
     return model
 
 
+def dense_shapes(config: ModelConfig, device: str = "meta") -> nn.Module:
+    """The model of a config without its weights: on the meta device, of shapes alone."""
+    folder = folder_of(config.name)
+    if folder is not None:
+        return shapes_of(folder) if device == "meta" else load(folder)
+    with torch.device(device):
+        return create_model(config.name, config.args)
+
+
 def has_weights(config: ModelConfig) -> bool:
     """Whether the model of a config comes with weights."""
     return config.pretrained or config.checkpoint is not None or folder_of(config.name) is not None
@@ -59,11 +68,7 @@ def prepared(config: RunConfig) -> RunConfig:
     folder, cfg = folder_of(config.model.name), None
     published = config.model.pretrained or folder is not None
     if published or config.data.name == "folder":
-        if folder is not None:
-            model = load(folder)
-        else:
-            with torch.device("meta"):
-                model = create_model(config.model.name, config.model.args)
+        model = dense_shapes(config.model)
         own = getattr(model, "pretrained_cfg", None) or {}
         cfg = {**own, "input_size": input_size_of(model)}
     return config.model_copy(update={"data": prepared_for(config.data, cfg, published=published)})

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from sidt.errors import InputError
-from sidt.export.checkpoint import load
 from sidt.export.models import create_model
 from sidt.export.weights import read_weights
-from sidt.runs import pipeline
+from sidt.runs import outcome, pipeline
 from sidt.runs.config import RunConfig, override, parse
 from sidt.runs.folder import Run, started
 from sidt.runs.images import data_of
-from sidt.runs.models import folder_of, prepared
+from sidt.runs.models import dense_shapes, folder_of, prepared
 
 Say = Callable[[str], None]
 
@@ -79,7 +78,7 @@ def shrinking_run(
     for text in overrides:
         override(tree, text)
     config = prepared(parse(RunConfig, tree, "sidt shrink"))
-    return started(out or Path("runs") / Path(model).name, _with_labels(config, folder, say))
+    return started(out or Path("runs") / Path(model).name, _with_labels(config, say))
 
 
 def shrink_run(run: Run, say: Say) -> None:
@@ -87,7 +86,7 @@ def shrink_run(run: Run, say: Say) -> None:
     say(pipeline.train(run))
     say(pipeline.score(run, say))
     say(pipeline.search(run, say))
-    for step in (pipeline.slice_, pipeline.evaluate, pipeline.write_report):
+    for step in (pipeline.slice_, outcome.evaluate, outcome.write_report):
         say(step(run))
 
 
@@ -109,13 +108,9 @@ def _classes_of(model: str, args: Mapping[str, Any], checkpoint: Path) -> dict[s
     return {} if weight is None or len(weight) == built.num_classes else {"num_classes": len(weight)}
 
 
-def _with_labels(config: RunConfig, folder: Path | None, say: Say) -> RunConfig:
+def _with_labels(config: RunConfig, say: Say) -> RunConfig:
     """The config, which takes the folders of the images as labels only if they are as many as the model's classes."""
-    if folder is not None:
-        model: Any = load(folder)
-    else:
-        with torch.device("meta"):
-            model = create_model(config.model.name, config.model.args)
+    model = dense_shapes(config.model)
     count, known = getattr(model, "num_classes", None), data_of(config.data).known
     chosen = config.data.classes
     if chosen is not None:

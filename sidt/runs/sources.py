@@ -10,7 +10,7 @@ from sidt.allocation.paying import compare_layers
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import ComplexityReport, Group, report
 from sidt.errors import InputError
-from sidt.export.checkpoint import load
+from sidt.export.checkpoint import load, shapes_of
 from sidt.export.models import create_model
 from sidt.runs.report import latency_text
 from sidt.runs.tables import Format
@@ -18,6 +18,7 @@ from sidt.space.plan import load_plan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize
 from sidt.surgery.heads import with_head
+from sidt.training.preparation import preparation_of
 
 _SHAPES = "meta"  # the device of models of which nothing but shapes is read: no weight is initialised
 
@@ -32,7 +33,7 @@ def complexity_of(
     Raises:
         InputError: the source names no model, it does not take the input size, or the plan is for another one.
     """
-    model, plan = _named(source, plan, input_size, _SHAPES)
+    model, plan, input_size = _named(source, plan, input_size, _SHAPES)
     space = space_for(model, input_size)
     dense = report(space, by=by)
     return dense, None if plan is None else report(space, load_plan(plan, space).sizes, by)
@@ -44,7 +45,7 @@ def latency_of(source: str, plan: Path | None, input_size: InputSize | None, sty
     Raises:
         InputError: the source names no model, there is no plan, or it is for another model.
     """
-    model, plan = _named(source, plan, input_size, "cpu")
+    model, plan, input_size = _named(source, plan, input_size, "cpu")
     if plan is None:
         raise InputError(f"the latency of {source} is compared with that of its plan; give one with --plan")
     space = space_for(model, input_size)
@@ -64,21 +65,29 @@ def space_of(name: str) -> DimensionSpace:
         return replace(space, streams=with_head(model, space)[1].streams)
 
 
-def _named(source: str, plan: Path | None, input_size: InputSize | None, device: str) -> tuple[nn.Module, Path | None]:
-    """The model that a source names, and its plan if it has one and none is given."""
+def _named(
+    source: str, plan: Path | None, input_size: InputSize | None, device: str
+) -> tuple[nn.Module, Path | None, InputSize | None]:
+    """The model that a source names, its plan if it has one and none is given, and the size that its images have."""
     path = Path(source)
     if not path.exists():
         with torch.device(device):
-            return create_model(source, {}, input_size=input_size), plan
+            return create_model(source, {}, input_size=input_size), plan, input_size
     # Here: the config of a run knows training and the search, which the costs of a model do not wait for.
     from sidt.runs.config import read_config
     from sidt.runs.folder import PLAN
+    from sidt.runs.models import dense_shapes
 
+    read = load if device != _SHAPES else shapes_of
     if path.is_dir() and not (path / "config.yaml").is_file():
         if not (path / "config.json").is_file():
             raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
-        return load(path), plan
-    config = read_config(path / "config.yaml" if path.is_dir() else path).model
-    with torch.device(device):
-        model = create_model(config.name, config.args)
-    return model, plan or (path / PLAN if (path / PLAN).is_file() else None)
+        return read(path), plan, input_size
+    config = read_config(path / "config.yaml" if path.is_dir() else path)
+    dense = path / "dense"
+    model = read(dense) if (dense / "config.json").is_file() else dense_shapes(config.model, device)
+    says = config.data
+    size = input_size or (
+        None if says.image_size is None and says.name == "folder" else (3, *preparation_of(says).size)
+    )
+    return model, plan or (path / PLAN if (path / PLAN).is_file() else None), size

@@ -15,8 +15,9 @@ from PIL import Image
 from sidt.errors import InputError
 from sidt.runs.answers import changed_images, class_changes, grown_pairs, in_turn, load_answers
 from sidt.runs.folder import open_run
+from sidt.runs.outcome import evaluate, write_report
 from sidt.runs.parts import without_passwords
-from sidt.runs.pipeline import evaluate, run_all, search, write_report
+from sidt.runs.pipeline import run_all, search
 
 BAD = "<script>alert(1)<b>&"
 FILE = '"><img src=x onerror=alert(2)>'

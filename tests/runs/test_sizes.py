@@ -6,7 +6,7 @@ import pytest
 
 from sidt.cost.complexity import report
 from sidt.errors import InputError
-from sidt.runs import pipeline
+from sidt.runs import outcome, pipeline
 from sidt.runs.config import RunConfig, parse
 from sidt.runs.folder import PLAN, dense_model, started
 from sidt.space.plan import load_plan
@@ -29,7 +29,7 @@ def run_of(folder, **changes):
 def test_multiply_adds_and_budgets_are_of_the_images_of_the_run(tmp_path):
     run = run_of(tmp_path / "run")
     pipeline.train(run)
-    pipeline.evaluate(run)
+    outcome.evaluate(run)
     assert json.loads((run.folder / "evaluation.json").read_text())["dense"]["macs"] == 10_787_840
     pipeline.score(run)
     said = pipeline.search(run, lambda _: None)
