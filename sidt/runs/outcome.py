@@ -13,8 +13,10 @@ from sidt.runs.answers import Answers
 from sidt.runs.folder import CHAIN, EVALUATION, SEARCH, Run, dense_model, existing, searched_plan
 from sidt.runs.images import data_of
 from sidt.runs.models import original_space, space_of
-from sidt.runs.quality import evaluate_on, is_blind, judged_by
+from sidt.runs.quality import evaluate_on, is_blind
 from sidt.training.preparation import preparation_of
+
+_EARLIER = {"top1": "top-1", "loss": "log-likelihood"}  # what search.json once called what trials were judged by
 
 
 def evaluate(run: Run) -> str:
@@ -62,7 +64,7 @@ def write_report(run: Run) -> str:
     rows = read_json(existing(run, EVALUATION, "evaluate"))
     provenance.inputs(run.folder, CHAIN, "report")
     plots.plot_kept(plan, run.folder / "kept.png")
-    curve, judge = "", f"{judged_by(run, model)} on held-out images"
+    curve, judge = "", f"{_EARLIER.get(of := search_result['objective'], of)} on held-out images"
     if front := curve_of(run, search_result):
         kind, picture = search_result["bounds"], run.folder / "search.png"
         plots.plot_front(front, search_result["along"], search_result["dense"], kind, judge, picture)

@@ -40,7 +40,14 @@ def folder(tmp_path_factory):
                 Image.fromarray(pixels.astype(np.uint8)).save(base / "images" / part / name / f"{FILE}{i}.png")
     config = {
         "model": MODEL,
-        "data": {"name": "folder", "root": str(base / "images"), "image_size": 16, "holdout": 0.2, "augment": "none"},
+        "data": {
+            "name": "folder",
+            "root": str(base / "images"),
+            "image_size": 16,
+            "crop_pct": 1.0,  # the pictures as they are
+            "holdout": 0.2,
+            "augment": "none",
+        },
         "train": {"epochs": 1},
         "score": {"images": 16},
         "budget": {"params": 0.5},
