@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, number, together
+from sidt.cli.options import DEVICE, OUT, SOURCE, TRIALS, budgeted, image_size, key_values, number, together
 from sidt.errors import InputError
 
 _OPTIONS = click.option(
@@ -68,18 +68,7 @@ def detection(module: str) -> Any:
 
 
 def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
-    values: dict[str, Any] = {}
-    for text in options:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"cannot read --cfg-options {text!r}; write key=value, e.g. train_cfg.max_epochs=3")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"cannot read the value of --cfg-options {text!r} as YAML") from None
-    return values
+    return key_values("--cfg-options", options, "train_cfg.max_epochs=3")
 
 
 def _mixed_precision(options: dict[str, Any], amp: bool) -> dict[str, Any]:
@@ -175,7 +164,14 @@ def finetune(
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("runs.pipeline")
     run = _open(source, None, data_root, (), {})
-    click.echo(pipeline.finetune(run, _mixed_precision(_parsed(options), amp), launcher=launcher, teacher=teacher))
+    click.echo(
+        pipeline.finetune(
+            run,
+            _mixed_precision(_parsed(options), amp),
+            launcher=launcher,
+            teacher=teacher,
+        )
+    )
 
 
 @detect.command()
@@ -240,4 +236,9 @@ def digits(folder: Path, seed: int, **numbers: int | None) -> None:
 @DEVICE
 def demo(out: Path | None, options: tuple[str, ...], device: str | None) -> None:
     """The whole way on handwritten digits, with nothing to download: a detector with a 40 % smaller backbone."""
-    detection("runs.demo").demo(out or Path("runs") / "detect-demo", _parsed(options), device, click.echo)
+    detection("runs.demo").demo(
+        out or Path("runs") / "detect-demo",
+        _parsed(options),
+        device,
+        click.echo,
+    )

@@ -74,6 +74,26 @@ def number(text: str | None) -> int | float | str | None:
     return text
 
 
+def key_values(option: str, texts: tuple[str, ...], example: str) -> dict[str, Any]:
+    """The values of an option that takes ``KEY=VALUE`` again and again, read as YAML.
+
+    Raises:
+        InputError: a text is not of that form.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"cannot read {option} {text!r}; write key=value, e.g. {example}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"cannot read the value of {option} {text!r} as YAML") from None
+    return values
+
+
 def image_size(text: str | None) -> tuple[int, int, int] | None:
     """Channels, height and width from text such as ``3x224x224``.
 

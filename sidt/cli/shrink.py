@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sidt.cli.options import DEVICE, SET, budgeted
+from sidt.cli.options import DEVICE, SET, budgeted, key_values
 from sidt.errors import InputError
 
 
@@ -68,7 +68,7 @@ def shrink(
         budget,
         out=out,
         checkpoint=checkpoint,
-        args=_parsed(model_kwargs),
+        args=key_values("--model-kwargs", model_kwargs, "img_size=32"),
         classes=classes,
         trials=trials,
         steps=steps,
@@ -79,18 +79,3 @@ def shrink(
     )
     with naming_broken(run):
         shrink_run(run, click.echo)
-
-
-def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
-    values = {}
-    for text in options:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"cannot read --model-kwargs {text!r}; write key=value, e.g. img_size=32")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"cannot read the value of --model-kwargs {text!r} as YAML") from None
-    return values

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from sidt.errors import InputError
 
 _NETWORK = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # the HTTP library's own, and OSError
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PREFIX = re.compile("hf[-_]hub:")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _OFFLINE = "is there a network (HF_HUB_OFFLINE, HF_ENDPOINT)?"
@@ -75,6 +76,17 @@ def download(repository: str, revision: str | None, files: tuple[str, ...], what
         for name in files[1:]:
             hf_hub_download(repository, name, revision=commit, library_name="sidt", local_files_only=cached)
     return first.parent
+
+
+def ask_for_weights(repository: str, what: str) -> None:
+    """Ask for a repository once, unless weights of it are in the cache: who downloads without a network waits long.
+
+    Raises:
+        InputError: there is no such repository, or no network.
+    """
+    if not any(isinstance(try_to_load_from_cache(repository, name), str) for name in _WEIGHTS):
+        with one_line(repository, what):
+            HfApi(library_name="sidt").model_info(repository)
 
 
 def check_name(repository: str) -> None:

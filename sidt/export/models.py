@@ -12,7 +12,7 @@ from timm.models import save_for_hf as save_as_timm
 from torch import nn
 
 from sidt.errors import InputError
-from sidt.export.hub import download, one_line, repository_in
+from sidt.export.hub import ask_for_weights, download, one_line, repository_in
 from sidt.files import read_json
 from sidt.space.trace import InputSize
 
@@ -43,6 +43,10 @@ def create_model(
         if input_size is not None:
             wanted = resolve_model_input_args(name, {"input_size": input_size}, **args)
             args = {**args, **{key: wanted[key] for key in ("in_chans", "img_size") if key in wanted}}
+        if pretrained and not on_hub and not any(key.startswith("pretrained_cfg") for key in args):
+            cfg = get_pretrained_cfg(name)
+            if cfg is not None and cfg.hf_hub_id:
+                ask_for_weights(cfg.hf_hub_id, "timm model")
         if on_hub:
             download(*on_hub, ("config.json",), "timm model")
         with one_line(on_hub[0], "timm model") if on_hub else nullcontext():

@@ -156,6 +156,8 @@ def test_without_a_network(hub, folder, tmp_path, monkeypatch, refused):
     for prefix in ("hf-hub", "hf_hub"):
         with refused("timm/vit_tiny_patch16_224.augreg", "cannot reach the hub"):
             create_model(f"{prefix}:timm/vit_tiny_patch16_224.augreg", {})
+    with refused("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "cannot reach the hub"):
+        create_model("vit_tiny_patch16_224", {}, pretrained=True)
     with refused("nothing", "source"):
         create_model("nothing:a/b", {})
     assert not hub.requests
