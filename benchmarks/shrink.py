@@ -32,14 +32,14 @@ SHARES = (0.6, 0.4, 0.2)
 IMAGES = 1024
 
 
-def small_ones(model: nn.Module, data: Splits, *, labels: bool) -> list[nn.Module]:
+def small_ones(model: nn.Module, data: Splits, *, labels: bool, uniform: bool = False) -> list[nn.Module]:
     """What sidt.shrink makes at each share; the scores, which are the same, are taken once."""
     images = list(make_loader(sample(data.calibration, IMAGES, 0), 64))
     features = model.num_classes == 0
     aligned, moments = sidt.align(model, sidt.measure_moments(model, images))
     options = {} if labels else {"loss": own_outputs(features=features)}
     scores = taylor(aligned, images, space=moments.space, **options)
-    plans = [sidt.allocate(scores, sidt.Budget(params=share)) for share in SHARES]
+    plans = [sidt.allocate(scores, sidt.Budget(params=share), uniform=uniform) for share in SHARES]
     return [sidt.compensate(aligned, plan, moments) for plan in plans]
 
 
@@ -65,8 +65,12 @@ def main(data: Path, weights: Path, classes: int, seeds: str, out: Path) -> None
         return [name, *values]
 
     rows = [row("dense", [f"{top1(dense, splits.test):.2%}"] * len(SHARES))]
-    for name, labels in (("with labels", True), ("without labels", False)):
-        small = small_ones(dense, splits, labels=labels)
+    for name, labels, uniform in (
+        ("with labels", True, False),
+        ("with labels, uniform sizes", True, True),
+        ("without labels", False, False),
+    ):
+        small = small_ones(dense, splits, labels=labels, uniform=uniform)
         rows.append(row(name, [f"{top1(m, splits.test):.2%}" for m in small]))
 
     headless = create_model("deit_tiny_patch16_224", {**VIT, "num_classes": 0}).eval()

@@ -24,7 +24,7 @@ from sidt.space.trace import InputSize
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments, run_images
-from sidt.training.evaluation import distances, heads_of
+from sidt.training.evaluation import distances, evaluating, heads_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +139,12 @@ def shrink(
     earlier: DimensionPlan | None = getattr(base, "sidt_plan", None)
     whole = plan if earlier is None else earlier.then(plan)
     dense = report(space_for(model, input_size))
-    lost = (
-        _lost(model, small, shown("check"), None if own else of, features)
-        if pairs
-        else _loss_of(model, small, kept, of)
-    )
+    lost: tuple[tuple[float, float], float | None]
+    with evaluating(model, small):
+        if pairs:
+            lost = _lost(model, small, shown("check"), None if own else of, features)
+        else:
+            lost = _loss_of(model, small, kept, of)
     return ShrinkResult(small, whole, dense, report(space_for(small, input_size)), *lost)
 
 
@@ -165,6 +166,7 @@ class _Paired:
 def _loss_of(
     dense: nn.Module, small: nn.Module, batches: Iterable[Any], loss: Loss
 ) -> tuple[tuple[float, float], None]:
+    """The mean loss of both models, batch by batch."""
     values = [(float(loss(dense, batch)), float(loss(small, batch))) for batch in batches]
     before, after = zip(*values, strict=True)
     return (sum(before) / len(values), sum(after) / len(values)), None

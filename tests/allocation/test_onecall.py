@@ -1,5 +1,7 @@
 """One call: with labels, without, without a head, with a loss of one's own; what it says is what is there."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -51,6 +53,14 @@ def test_a_model_within_the_budget_that_can_be_saved(pairs, tmp_path):
 
 def _norm(model: torch.nn.Module) -> str:
     return "rmsnorm" if type(model.norm).__name__ == "RmsNorm" else "layernorm"
+
+
+def test_what_was_lost_is_measured_without_dropout_and_modes_stay(pairs):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **ARGS, num_classes=5, drop_rate=0.5, proj_drop_rate=0.5)
+    still, moving = shrunk(copy.deepcopy(model).eval(), pairs), shrunk(model.train(), pairs)
+    assert moving.loss == still.loss and moving.agreement == still.agreement
+    assert all(m.training for m in (*model.modules(), *moving.model.modules()))
 
 
 def test_images_alone_need_no_labels_and_an_iterator_is_enough(pairs):
