@@ -78,7 +78,7 @@ _add_step("score", "pipeline", "score", "Score the importance of every unit; wit
 _add_step(
     "evaluate", "outcome", "evaluate", "Top-1 on the test split, parameters, MACs and latency of the run's models."
 )
-_add_step("report", "outcome", "write_report", "Write report.md and its plots.")
+_add_step("report", "outcome", "write_report", "Write report.md with its plots, and report.html.")
 
 
 @cli.command()
