@@ -10,9 +10,11 @@ import torch
 import yaml
 from backbones import random_plan, shake
 from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
 from torch.testing import assert_close
 
 import sidt
+from sidt.errors import InputError
 from sidt.export.models import create_model
 from sidt.runs import exports
 
@@ -79,16 +81,17 @@ def test_a_timm_model_by_name(sidt_command, tmp_path, monkeypatch):
 
 def test_a_timm_model_has_its_published_weights(mistake, tmp_path, monkeypatch):
     """Without a network they cannot be had, and a model of noise must not leave instead."""
-    asked = {}
+    asked = []
 
-    def no_network(name, pretrained=False, **args):
-        asked.update(name=name, pretrained=pretrained)
-        raise OSError("cannot reach the hub")
+    def no_network(repository, what):
+        asked.append(repository)
+        raise InputError(f"cannot reach the hub for {repository}")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("timm.create_model", no_network)
-    mistake("export", "vit_tiny_patch16_224", says=["vit_tiny_patch16_224", "cannot reach the hub"])
-    assert asked == {"name": "vit_tiny_patch16_224", "pretrained": True} and not list(tmp_path.iterdir())
+    monkeypatch.setattr("sidt.export.models.ask_for_weights", no_network)
+    repository = get_pretrained_cfg("vit_tiny_patch16_224").hf_hub_id
+    mistake("export", "vit_tiny_patch16_224", says=["cannot reach the hub", repository])
+    assert asked == [repository] and not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run, mistake, tmp_path, monkeypatch):
