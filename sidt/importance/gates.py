@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from sidt.importance.scores import Importance, unit_sums
 from sidt.space.axes import axis_size
 from sidt.space.families import INNER_KINDS, Kind
 from sidt.space.space import DimensionSpace, space_for
+from sidt.surgery.reading import Reading
 from sidt.training.loop import Loss, TrainConfig, fit, label_loss
 
 _GATES = "sidt_gates"  # the model's submodule that holds the parameters
-_FACTORS = "_sidt_factors"  # what each gated module knows of them
 
 
 class _Factor:
@@ -63,17 +62,6 @@ def _value(parameter: Tensor, speed: float) -> Tensor:
     return parameter if speed == 1 else 1 + speed * (parameter - 1)
 
 
-@cache
-def _gated_class(base: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose named tensors read as gated. The parameters themselves, and their names, stay as they are."""
-
-    def gated(name: str) -> property:
-        return property(lambda module: module.__dict__[_FACTORS][name](module._parameters[name]))
-
-    body = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), {**body, **{name: gated(name) for name in tensors}})
-
-
 class Gates:
     """The gates of a model; made by :func:`gated`.
 
@@ -95,7 +83,7 @@ class Gates:
             for site in gate.sites:
                 factor = self._factors.setdefault(site.parameter, _Factor(self._parameters, speed))
                 factor.sites.append((gate, site))
-        self._own_classes: dict[nn.Module, type[nn.Module]] = {}
+        self._reading: Reading | None = None
         setattr(model, _GATES, self._parameters)
 
     @property
@@ -113,15 +101,7 @@ class Gates:
 
     def attach(self) -> None:
         """Let every gated tensor read as the product with its gates."""
-        owners: dict[str, dict[str, _Factor]] = {}
-        for parameter, factor in self._factors.items():
-            owner, _, leaf = parameter.rpartition(".")
-            owners.setdefault(owner, {})[leaf] = factor
-        for owner, factors in owners.items():
-            module = self.model.get_submodule(owner)
-            self._own_classes[module] = type(module)
-            module.__dict__[_FACTORS] = factors
-            module.__class__ = _gated_class(type(module), tuple(sorted(factors)))  # type: ignore[arg-type]
+        self._reading = Reading(self.model, self._factors)
 
     def penalty(self, lambdas: float | Mapping[Kind, float]) -> Tensor:
         """``sum over kinds of lambda * sum |gate|``, a scalar; a kind that ``lambdas`` lacks has none."""
@@ -158,14 +138,8 @@ class Gates:
         Args:
             fold: whether the weights are multiplied by them, so that the outputs stay; else they stay what they are.
         """
-        for module, own in self._own_classes.items():
-            for leaf, factor in module.__dict__.pop(_FACTORS).items():
-                if fold:
-                    weight = module._parameters[leaf]
-                    assert weight is not None
-                    weight.copy_(factor(weight))
-            module.__class__ = own
-        self._own_classes.clear()
+        if self._reading is not None:
+            self._reading.remove(keep=fold)
         delattr(self.model, _GATES)
 
 
