@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidt.cli.compress import compress
 from sidt.cli.detect import detect, detection, names_a_detector
 from sidt.cli.export import export
 from sidt.cli.options import DEVICE, OUT, SET, SOURCE, TRIALS, budgeted, image_size, together
@@ -24,6 +25,7 @@ def cli() -> None:
     """Make vision transformers smaller by searching their dimensions."""
 
 
+cli.add_command(compress)
 cli.add_command(detect)
 cli.add_command(export)
 cli.add_command(push)

@@ -16,20 +16,28 @@ from sidt.errors import InputError
 from sidt.export.comparison import difference_between
 from sidt.export.hub import download, repository_in
 from sidt.export.models import create_model, name_of, own_args
-from sidt.export.weights import difference_of, load_weights
+from sidt.export.weights import difference_of, fit_weights, load_weights
 from sidt.files import dump_json, read_json, replacing
 from sidt.space.families import wrapped_in
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import space_for
+from sidt.sparsity.packing import packed, read_packed
+from sidt.sparsity.structures import Structure
 from sidt.surgery.slicing import slice_model
 from sidt.training.preparation import PREPARATION
 
 _FORMAT = "sidt-checkpoint-1"
 FILES = ("config.json", "plan.json", "model.safetensors")
+PACKED = "packed.safetensors"  # in place of the last, where weights have a structure
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, name: str | None = None, args: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    structures: Mapping[str, Structure] | None = None,
 ) -> None:
     """Write a dense or sliced timm model to a folder, so that :func:`load` gives it back.
 
@@ -43,9 +51,12 @@ def save(
         name: the timm model name; default: what the model says of itself.
         args: the keyword arguments that rebuild the dense model with ``timm.create_model``; default: those that it was
             created with, and what its ``reset_classifier`` and ``set_input_size`` changed since, as timm keeps them.
+        structures: of some weights, which are then packed (:mod:`sidt.sparsity`): ``packed.safetensors`` takes the
+            place of ``model.safetensors``.
 
     Raises:
-        InputError: name and args do not rebuild the model, or the folder cannot be written.
+        InputError: name and args do not rebuild the model, a weight is not of its structure, or the folder cannot be
+            written.
     """
     if (inner := wrapped_in(model)) is not None:
         raise InputError(f"this {type(model).__name__} wraps a model; save what is in it: model.{inner}")
@@ -74,10 +85,16 @@ def save(
         config["rotated"] = list(rotated)
     if preparation := _preparation(model, rebuilt):
         config["preprocessing"] = preparation
-    write(Path(folder), config, plan, state)
+    write(Path(folder), config, plan, state, structures)
 
 
-def write(folder: Path, config: Mapping[str, Any], plan: DimensionPlan, state: Mapping[str, Tensor]) -> None:
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    plan: DimensionPlan,
+    state: Mapping[str, Tensor],
+    structures: Mapping[str, Structure] | None = None,
+) -> None:
     """Write the files of a checkpoint, whole before the first of them replaces an older one.
 
     Args:
@@ -85,18 +102,22 @@ def write(folder: Path, config: Mapping[str, Any], plan: DimensionPlan, state: M
         config: model and args, and what else belongs there.
         plan: what is kept of the model that these build.
         state: the weights.
+        structures: of some of them, which are then packed.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or a weight is not of its structure.
     """
+    weights, other = (PACKED, FILES[2]) if structures else (FILES[2], PACKED)
+    data = packed(state, structures) if structures else dump_tensors(dict(state), metadata={"format": "pt"})
     with (
         replacing(folder / "config.json") as config_file,
         replacing(folder / "plan.json") as plan_file,
-        replacing(folder / "model.safetensors") as weights_file,
+        replacing(folder / weights) as weights_file,
     ):
         config_file.write_text(dump_json({"format": _FORMAT, **config}), encoding="utf-8")
         plan_file.write_text(dump_json(plan.to_json()), encoding="utf-8")
-        weights_file.write_bytes(dump_tensors(dict(state), metadata={"format": "pt"}))
+        weights_file.write_bytes(data)
+    (folder / other).unlink(missing_ok=True)  # of an earlier model
 
 
 def _rebuilt(
@@ -152,7 +173,10 @@ def load(source: str | Path) -> nn.Module:
         except InputError as error:
             raise InputError(str(error) if ":" in source else f"there is no folder {source}, and {error}") from None
     model = _built(folder)
-    load_weights(model, folder / "model.safetensors")
+    if (folder / PACKED).is_file():
+        fit_weights(model, read_packed(folder / PACKED)[0], str(folder / PACKED))
+    else:
+        load_weights(model, folder / FILES[2])
     return model.eval()
 
 

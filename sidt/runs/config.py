@@ -162,6 +162,22 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: the file or a value cannot be used; it names the key, the value seen and what is expected.
     """
+    tree = read_yaml(path, RunConfig)
+    for text in overrides:
+        override(tree, text)
+    return parse(RunConfig, tree, str(path))
+
+
+def read_yaml(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """The values of a YAML file.
+
+    Args:
+        path: the file.
+        kind: the class that they are for, whose keys the message names.
+
+    Raises:
+        InputError: it cannot be read, is not YAML, or is no mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -169,10 +185,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"the config {path} must be a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    for text in overrides:
-        override(tree, text)
-    return parse(RunConfig, tree, str(path))
+        raise InputError(f"the config {path} must be a mapping with the keys {', '.join(kind.model_fields)}")
+    return tree
 
 
 def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config:

@@ -1,12 +1,13 @@
 """Pictures of what a run found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor
 
 from sidt.allocation.curve import Point
 from sidt.files import replacing
@@ -106,3 +107,19 @@ def plot_front(
 def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def plot_structures(weights: Mapping[str, Tensor], path: Path, most: int = 6) -> None:
+    """Draw what is other than zero in some weights, evenly chosen, outputs downwards, kernels summed."""
+    names = list(weights)
+    names = [
+        names[round(i * (len(names) - 1) / max(min(most, len(names)) - 1, 1))] for i in range(min(most, len(names)))
+    ]
+    figure = Figure(figsize=(2.6 * len(names), 3.0), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        there = (weights[name] != 0).float().flatten(2).mean(2) if weights[name].ndim > 2 else weights[name] != 0
+        axes.imshow(there.numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_title(name.removesuffix(".weight"), fontsize=8)
+        axes.set_xlabel("inputs", fontsize=8)
+        axes.tick_params(labelsize=6)
+    _save(figure, path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from sidt.errors import InputError
-from sidt.files import replacing
 from sidt.sparsity.patterns import as_bits, from_bits
 from sidt.sparsity.structures import Structure
 from sidt.sparsity.values import Levels
@@ -37,14 +37,17 @@ def pack(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
     weight = weight.detach().float().cpu()
     kept = structure.stored(weight)
     codes, scales = structure.values.encode(weight, kept)
-    packed = {"codes": _bytes(as_bits(codes, structure.values.bits)), "scales": scales.bfloat16() if isinstance(structure.values, Levels) else scales}
-    packed |= {f"index.{i}": _bytes(index) for i, (_, index, _) in enumerate(structure.masks(weight))}
-    if not torch.equal(unpack(packed, structure, tuple(weight.shape)), weight):
+    parts = {
+        "codes": _bytes(as_bits(codes, structure.values.bits)),
+        "scales": scales.bfloat16() if isinstance(structure.values, Levels) else scales,
+    }
+    parts |= {f"index.{i}": _bytes(index) for i, (_, index, _) in enumerate(structure.masks(weight))}
+    if not torch.equal(unpack(parts, structure, tuple(weight.shape)), weight):
         raise InputError(f"a weight of shape {list(weight.shape)} is not of its structure; project it before packing")
-    return packed
+    return parts
 
 
-def unpack(packed: Mapping[str, Tensor], structure: Structure, shape: tuple[int, ...]) -> Tensor:
+def unpack(parts: Mapping[str, Tensor], structure: Structure, shape: tuple[int, ...]) -> Tensor:
     """The weight that :func:`pack` was given: float32 in that shape.
 
     Raises:
@@ -53,29 +56,26 @@ def unpack(packed: Mapping[str, Tensor], structure: Structure, shape: tuple[int,
     like, kept = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
     try:
         for i, pattern in enumerate(structure.patterns):
-            kept &= pattern.decode(_bits(packed[f"index.{i}"]), like)
+            kept &= pattern.decode(_bits(parts[f"index.{i}"]), like)
         width = structure.values.bits
-        codes = from_bits(_bits(packed["codes"])[: int(kept.sum()) * width], width)
-        return structure.values.decode(codes, packed["scales"].float(), kept)
+        codes = from_bits(_bits(parts["codes"])[: int(kept.sum()) * width], width)
+        return structure.values.decode(codes, parts["scales"].float(), kept)
     except (RuntimeError, IndexError, KeyError) as error:
         raise InputError(f"packed parts do not make a weight of shape {list(shape)}: {_line(error)}") from None
 
 
-def write_packed(path: Path, state: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> int:
-    """Write the tensors of a model, those with a structure packed, as one safetensors file.
+def packed(state: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> bytes:
+    """The tensors of a model, those with a structure packed, as one safetensors file that :func:`read_packed` reads.
 
     Args:
-        path: the file.
         state: tensors by name.
         structures: of some of them.
 
-    Returns:
-        The bytes of the file.
-
     Raises:
-        InputError: a weight is not of its structure, or the file cannot be written.
+        InputError: a weight is not of its structure.
     """
-    tensors, says = {}, {}
+    tensors: dict[str, Tensor] = {}
+    says: dict[str, Any] = {}
     for name, tensor in state.items():
         if (structure := structures.get(name)) is None:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
@@ -84,16 +84,14 @@ def write_packed(path: Path, state: Mapping[str, Tensor], structures: Mapping[st
             parts = pack(tensor, structure)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        tensors |= {f"{name}{_SEPARATOR}{part}": packed for part, packed in parts.items()}
+        tensors |= {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in parts.items()}
         says[name] = {"shape": list(tensor.shape), "structure": _STRUCTURE.dump_python(structure, mode="json")}
     metadata = {"format": _FORMAT, "structures": json.dumps(says, separators=(",", ":"))}
-    with replacing(path) as temporary:
-        temporary.write_bytes(dump_tensors(tensors, metadata=metadata))
-    return path.stat().st_size
+    return dump_tensors(tensors, metadata=metadata)
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Structure]]:
-    """The tensors that :func:`write_packed` was given, and the structures of some of them.
+    """The tensors that :func:`packed` was given, and the structures of some of them.
 
     Raises:
         InputError: the file is missing, damaged or no packed file.
@@ -122,8 +120,8 @@ def _bytes(bits: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(bits.cpu().numpy(), bitorder="little"))
 
 
-def _bits(packed: Tensor) -> Tensor:
-    return torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")).bool()
+def _bits(data: Tensor) -> Tensor:
+    return torch.from_numpy(np.unpackbits(data.numpy(), bitorder="little")).bool()
 
 
 def _line(error: Exception) -> str:

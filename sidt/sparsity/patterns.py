@@ -22,8 +22,8 @@ class Pattern(Protocol):
     """A set of masks.
 
     ``mask`` gives, bool in the weight's shape, what the nearest weight keeps that has such a mask. ``encode`` gives the
-    bits (bool, one axis) that ``decode`` makes a mask of again: one that keeps all that the given one keeps. Bits behind
-    them do not matter.
+    bits (bool, one axis) that ``decode`` makes a mask of again: one that keeps all that the given one keeps. Bits
+    behind them do not matter.
     """
 
     def check(self, weight: Tensor, name: str) -> None: ...  # noqa: D102
@@ -182,7 +182,7 @@ class Kernels:
     def _covering(self, kernels: Tensor) -> Tensor:
         """Patterns that cover all kernels, bool [patterns, 9]."""
         every = all_patterns().to(kernels.device)
-        left, table = kernels, []
+        left, table = kernels, list[int]()
         while len(left) and len(table) < self.patterns:
             covers = (left[:, None] <= every[None]).all(-1)
             # Kernels that are covered by few patterns say which: those of four entries by one.

@@ -4,7 +4,6 @@ A structure is a projection, ``weight -> nearest feasible weight``, and a number
 gets there (:mod:`sidt.sparsity.admm`, :mod:`sidt.sparsity.penalties`), and no way of getting there knows a structure.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -92,7 +91,7 @@ class Structure:
 
     def masks(self, weight: Tensor) -> list[tuple[Pattern, Tensor, Tensor]]:
         """Each pattern with its index of a feasible weight, and the mask that the index stands for."""
-        found = []
+        found: list[tuple[Pattern, Tensor, Tensor]] = []
         for pattern in self.patterns:
             index = pattern.encode(weight != 0)
             found.append((pattern, index, pattern.decode(index, weight)))
@@ -111,7 +110,3 @@ class Structure:
         scales = {Ternary: 32, Levels: 16}.get(type(self.values), 0) * len(self.values.encode(weight, kept)[1])
         index = sum(bits.numel() for _, bits, _ in self.masks(weight))
         return Bits(int(kept.sum()) * self.values.bits, index, scales)
-
-    def float32(self) -> "Structure":
-        """The same patterns, with any values."""
-        return replace(self, values=Floats())

@@ -1,5 +1,6 @@
 """Values: what the entries of a weight may be, and how they are told apart in bits."""
 
+import math
 from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
@@ -13,9 +14,12 @@ from sidt.sparsity.tiles import STRICT
 class Values(Protocol):
     """The values that entries may take, as codes of some bits and scales.
 
-    ``encode`` gives for a weight and a mask the codes of the kept entries, int64 [kept], and the scales; ``decode``
-    makes a weight of the mask's shape of them, float32. Decoding what was encoded gives the nearest weight.
+    ``reach`` is how large an entry may grow and still be trained. ``encode`` gives for a weight and a mask the codes of
+    the kept entries, int64 [kept], and the scales; ``decode`` makes a weight of the mask's shape of them, float32.
+    Decoding what was encoded gives the nearest weight.
     """
+
+    reach: ClassVar[float]
 
     @property
     def bits(self) -> int: ...  # noqa: D102
@@ -33,6 +37,7 @@ class Floats:
 
     floats: Literal[32] = 32
     bits: ClassVar[int] = 32
+    reach: ClassVar[float] = math.inf
 
     def encode(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The bits of each number; no scale."""
@@ -57,6 +62,7 @@ class Ternary:
 
     ternary: Annotated[float, Field(ge=0, lt=1)]
     bits: ClassVar[int] = 2
+    reach: ClassVar[float] = 1.0
 
     def encode(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Codes 0 for zero, 1 for alpha, 2 for -alpha; one scale."""
@@ -86,6 +92,7 @@ class Levels:
 
     levels: Annotated[int, Field(ge=2, le=8)]
     per: Literal["row", "weight"] = "row"
+    reach: ClassVar[float] = math.inf
 
     @property
     def bits(self) -> int:
@@ -107,7 +114,7 @@ class Levels:
 
     @property
     def _top(self) -> int:
-        return 2 ** (self.levels - 1) - 1
+        return (1 << (self.levels - 1)) - 1
 
     def _wide(self, scales: Tensor, like: Tensor) -> Tensor:
         return scales.view(-1, *(1 for _ in like.shape[1:]))

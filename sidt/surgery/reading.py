@@ -45,7 +45,7 @@ class Reading:
             module = model.get_submodule(owner)
             self._own_classes[module] = type(module)
             module.__dict__[_FUNCTIONS] = own
-            module.__class__ = _reading_class(type(module), tuple(sorted(own)))  # type: ignore[assignment]
+            module.__class__ = _reading_class(type(module), tuple(sorted(own)))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def remove(self, *, keep: bool) -> None:

@@ -1,0 +1,247 @@
+"""``sidt compress``: structure inside the weights of a run's model, by the stages that a config asks for.
+
+::
+
+    the run's result (or its dense model) -> survey (on a copy) -> reach: trained towards the structures -> projected
+    -> purify: nearly empty units made zero -> unused: what is dead sliced away -> finetune: trained under the masks
+    -> compressed/NAME/: config.json, plan.json, packed.safetensors; compressed.json, report.md, structure.png
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sidt.errors import InputError
+from sidt.export.checkpoint import load
+from sidt.importance.criteria import taylor
+from sidt.runs import provenance
+from sidt.runs.config import parse, read_yaml
+from sidt.runs.folder import CHAIN, Run, dense_model, existing
+from sidt.runs.images import data_of, sample
+from sidt.runs.models import space_of
+from sidt.runs.quality import gives_features, is_blind
+from sidt.space.space import DimensionSpace
+from sidt.sparsity.admm import train_by_admm
+from sidt.sparsity.config import CompressConfig, ReachConfig, structures_of
+from sidt.sparsity.holding import hold, weights_of
+from sidt.sparsity.lines import line_lasso, small_lines
+from sidt.sparsity.patterns import Largest
+from sidt.sparsity.penalties import clipped, group_lasso, hoyer_square
+from sidt.sparsity.purification import purify
+from sidt.sparsity.structures import Structure
+from sidt.sparsity.units import unit_norms, zero_units
+from sidt.sparsity.unused import remove_unused
+from sidt.training.batches import make_loader
+from sidt.training.digest import weights_digest
+from sidt.training.distillation import TeacherConfig, distillation_loss
+from sidt.training.loop import Loss, TrainConfig, fit, label_loss
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Compression:
+    """A compression on its way.
+
+    Attributes:
+        run: the run.
+        path: of the config.
+        config: what is asked for.
+        folder: where it goes.
+        before: the model that it starts from.
+        model: the model as it is now.
+        space: its space.
+        say: told what was done.
+        structures: of the weights that have one.
+        found: what stages found, for the report.
+    """
+
+    run: Run
+    path: Path
+    config: CompressConfig
+    folder: Path
+    before: nn.Module
+    model: nn.Module
+    space: DimensionSpace
+    say: Say
+    structures: dict[str, Structure]
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
+    """A compression that has not begun: everything is checked that can be.
+
+    Raises:
+        InputError: the config cannot be used, a structure is not for the model, or the run has no model.
+    """
+    config = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
+    if config.engine == "2:4" and not torch.cuda.is_available():
+        raise InputError(f"{path}: engine: 2:4 needs a CUDA device with semi-structured kernels; leave engine out")
+    before = dense_model(run) if dense else _result(run)
+    space = space_of(run.config, before)
+    structures = structures_of(before, config.structures, space)
+    folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
+    return Compression(run, path, config, folder, before, copy.deepcopy(before), space, say, structures)
+
+
+def _result(run: Run) -> nn.Module:
+    """The run's fine-tuned model, else its sliced one."""
+    provenance.inputs(run.folder, CHAIN, "evaluate")
+    folder = run.folder if (run.folder / "config.json").is_file() else run.folder / "sliced"
+    return load(existing(run, str((folder / "config.json").relative_to(run.folder)), "slice").parent)
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def survey(at: Compression) -> None:
+    """TPrune's first training, on a copy: which matrices, and which orientations of them, prune well."""
+    config = at.config.survey
+    if config is None:
+        return
+    names = [f"{n}.weight" for n, m in at.model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel()]
+    twin = copy.deepcopy(at.model)
+    _train(at, twin, config.train, "survey", lambda: config.strength * line_lasso(twin, names), config.strength)
+    at.found["survey"] = small_lines(twin, names, config.share)
+
+
+def reach(at: Compression) -> None:
+    """Train the model towards its structures."""
+    config = at.config.reach
+    if config.by == "admm":
+        weights_of(at.model, at.structures)
+        file = at.folder / "states" / f"admm-{_digest(at, at.model, config)}.safetensors"
+
+        def train(pull: Callable[[], Tensor], round_: int) -> None:
+            _train(at, at.model, config.train, f"admm {round_ + 1} of {config.rounds}", pull, round_, config)
+
+        options: dict[str, Any] = {"rounds": config.rounds, "rho": config.rho, "growth": config.growth}
+        train_by_admm(at.model, at.structures, train, **options, file=file, say=at.say)
+    elif config.by != "projection":
+        _train(at, at.model, config.train, "reach", _penalty(at), config)
+
+
+@torch.no_grad()
+def harden(at: Compression) -> dict[str, Tensor]:
+    """Make zero what the structures leave out, and slice away what is dead then.
+
+    Returns:
+        What is kept of the weights that have a structure.
+    """
+    model, config = at.model.cpu(), at.config
+    if config.reach.on == "units":
+        norms = unit_norms(model, at.space)
+        zero_units(model, at.space, {n: v < config.reach.threshold * v.max() for n, v in norms.items()})
+    for name, weight in weights_of(model, at.structures).items():
+        weight.mul_(at.structures[name].mask(weight))
+    if config.purify is not None:
+        model = _purified(at, model)
+    if config.unused:
+        model = remove_unused(model, at.space)
+        at.space = space_of(at.run.config, model)
+        at.structures = {n: _loosened(s) for n, s in at.structures.items() if model.get_parameter(n).numel()}
+    at.model = model
+    return {name: weight != 0 for name, weight in weights_of(model, at.structures).items()}
+
+
+def finetune(at: Compression, masks: Mapping[str, Tensor]) -> None:
+    """Train the model under its masks and values, and round it to them."""
+    held = hold(at.model, at.structures, masks)
+    try:
+        if at.config.finetune is not None:
+            _train(at, at.model, at.config.finetune, "finetune", None)
+    finally:
+        at.model.cpu()
+        held.remove(keep=True)
+
+
+# --- what the stages share ------------------------------------------------------------------------------------------
+
+
+def _penalty(at: Compression) -> Callable[[], Tensor]:
+    """The penalty that training adds."""
+    config: ReachConfig = at.config.reach
+    model, space, structures = at.model, at.space, at.structures
+    tiles = {n: p.tiles for n, s in structures.items() for p in s.patterns[:1] if isinstance(p, Largest)}
+    if config.on == "structures" and not tiles:
+        raise InputError(f"reach.by is {config.by!r}, and no structure has tiles as its first pattern; use by: admm")
+
+    def penalty() -> Tensor:
+        norms = (
+            list(unit_norms(model, space).values())
+            if config.on == "units"
+            else [t.norms(model.get_parameter(n)) for n, t in tiles.items()]
+        )
+        if config.by == "clipped":
+            return config.strength * clipped(norms, config.eta)
+        return config.strength * (group_lasso if config.by == "lasso" else hoyer_square)(norms)
+
+    return penalty
+
+
+def _purified(at: Compression, model: nn.Module) -> nn.Module:
+    """Network Purification by Taylor scores, each relative to the mean of its dimension."""
+    assert at.config.purify is not None
+    images = sample(data_of(at.run.config.data).calibration, at.run.config.score.images)
+    with torch.enable_grad():
+        scores = taylor(model, make_loader(images, 64), space=at.space).scores
+    relative = {name: s / max(s.mean(), 1e-30) if s.size else s for name, s in scores.items()}
+    return purify(model, at.space, relative, at.config.purify.eta, at.config.purify.sigma)
+
+
+def _loosened(structure: Structure) -> Structure:
+    """The same, for a weight that lost some of its rows and columns: its last tiles may be cut off."""
+    patterns = [
+        replace(p, tiles=replace(p.tiles, ragged=True)) if isinstance(p, Largest) else p for p in structure.patterns
+    ]
+    return replace(structure, patterns=tuple(patterns))
+
+
+def _loss(at: Compression, model: nn.Module, config: TrainConfig) -> Loss:
+    """What training is on: the labels, and the model as it was if it teaches."""
+    blind, teacher = is_blind(at.run, at.before), at.config.teacher
+    if teacher is None and not blind:
+        return label_loss(0.0 if config.mixup or config.cutmix else config.smoothing)
+    options = (teacher or TeacherConfig()).model_dump()
+    if blind:
+        options |= {"labels": 0.0} | ({"logits": 0.0} if gives_features(at.before) else {})
+    return distillation_loss(at.before, model, smoothing=config.smoothing, **options)
+
+
+def _train(
+    at: Compression,
+    model: nn.Module,
+    config: TrainConfig,
+    label: str,
+    extra: Callable[[], Tensor] | None,
+    *made_of: Any,
+) -> None:
+    """Train a model on the run's images, on its loss and perhaps a term more; a stopped training goes on."""
+    own = _loss(at, model, config)
+    if config.device == "auto":
+        config = config.model_copy(update={"device": at.run.device})
+
+    def loss(wrapped: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        total = own(wrapped, images, targets)
+        return total if extra is None else total + extra().to(total.device)
+
+    loss.__qualname__ = f"{own.__qualname__} for {label}"
+    images: Dataset[Any] = data_of(at.run.config.data).train
+    if at.config.images is not None:
+        images = sample(images, at.config.images)
+    folder = at.folder / "states" / f"{label.split()[0]}-{_digest(at, model, config, *made_of)}"
+    fit(model, images, config, folder=folder, loss=loss, label=label)
+
+
+def _digest(at: Compression, model: nn.Module, *made_of: Any) -> str:
+    """Tells trainings apart by all that determines them."""
+    says = [at.config.model_dump_json(), at.run.config.data.model_dump_json(), *map(str, made_of)]
+    says += [weights_digest(model), weights_digest(at.before)]
+    return hashlib.sha256("\n".join(says).encode()).hexdigest()[:12]
