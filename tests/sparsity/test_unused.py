@@ -6,7 +6,19 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from backbones import BACKBONES, MMDET_PVT, MMDET_SWIN, PVT, SWIN, SWIN_V2, TIMM_BACKBONES, VIT, VIT_TINY, Backbone, dense
+from backbones import (
+    BACKBONES,
+    MMDET_PVT,
+    MMDET_SWIN,
+    PVT,
+    SWIN,
+    SWIN_V2,
+    TIMM_BACKBONES,
+    VIT,
+    VIT_TINY,
+    Backbone,
+    dense,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -126,9 +138,7 @@ def test_it_is_idempotent(backbone, data):
     once = remove_unused(model, space)
     twice = remove_unused(once, space_for(once, backbone.input_size))
     assert twice.sidt_plan.sizes == once.sidt_plan.sizes
-    assert all(
-        torch.equal(a, b) for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=str)
