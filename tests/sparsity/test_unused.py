@@ -198,6 +198,31 @@ def test_a_depthwise_convolution_sees_its_border(backbone):
     assert_same_outputs(smaller, model, backbone)
 
 
+def test_a_map_of_one_position_does_not_hide_a_border():
+    model, space = planted(Backbone(PVT.name, PVT.kwargs, (3, 32, 32)))
+    mlp = [d for d in space.dimensions.values() if d.kind == "mlp"][-1]
+    clear(model, space, mlp.name, some(mlp.size, 0, 1), dim=0, biases=False, stretches=slice(0, 1))
+    clear(model, space, mlp.name, some(mlp.size, 1), dim=0, weights=False, stretches=slice(0, 1))
+    smaller = remove_unused(model, space)
+    assert smaller.sidt_plan.sizes == space.sizes | {mlp.name: mlp.size - 1}
+    assert_same_outputs(smaller, model, PVT)  # on larger images
+
+
+class Ramp(nn.Module):
+    """An activation that tells tokens apart."""
+
+    def forward(self, x):
+        return x + torch.arange(x.shape[1]).to(x).unsqueeze(1)
+
+
+def test_what_varies_is_no_constant_though_its_row_is_zero():
+    model, space = planted(VIT_TINY)
+    mlp = hidden(space)
+    model.blocks[0].mlp.act = Ramp()
+    clear(model, space, mlp.name, some(mlp.size, 0), dim=0, biases=False)
+    assert remove_unused(model, space).sidt_plan.sizes == space.sizes
+
+
 @pytest.mark.parametrize("backbone", [SWIGLU, PACKED], ids=str)
 def test_half_a_product_is_not_dead(backbone):
     model, space = planted(backbone)
@@ -228,10 +253,10 @@ def test_a_query_with_a_bias_compares_and_a_key_with_one_does_not():
     all_heads = np.tile(some(qk.size, 2, 3), (space.sizes[qk.per], 1))
     clear(model, space, qk.name, all_heads, dim=0, biases=False, stretches=slice(0, 1))
     assert remove_unused(model, space).sidt_plan.sizes == space.sizes
-    all_heads[:, 2] = False
+    all_heads = np.roll(all_heads, 3, axis=1)
     clear(model, space, qk.name, all_heads, dim=0, biases=False, stretches=slice(1, 2))
     smaller = remove_unused(model, space)
-    assert smaller.sidt_plan.sizes[qk.name] == qk.size - 1
+    assert smaller.sidt_plan.sizes[qk.name] == qk.size - 2
     assert_same_outputs(smaller, model, VIT_TINY)
 
 

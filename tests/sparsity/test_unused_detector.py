@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch.testing import assert_close
 
+import sidt.detection.models  # noqa: F401 - registers the backbones and the neck
 from sidt.detection.detectors.space import detector_space, run_backbone
 from sidt.sparsity import remove_unused
 
