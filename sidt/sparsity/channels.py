@@ -70,7 +70,7 @@ def _shrink(first: nn.Conv2d, between: nn.Sequential, second: nn.Conv2d) -> bool
         if not goes.any():
             return False
         if second.bias is not None:
-            moved = goes & constant & ~unread
+            moved = goes & constant
             kernels = second.weight.sum((2, 3), dtype=torch.float64)
             second.bias.copy_(second.bias.double() + kernels[:, moved] @ value[moved])
         _set(first, first.weight[~goes], None if first.bias is None else first.bias[~goes])
