@@ -50,7 +50,7 @@ def compress(run: Run, path: Path, *, dense: bool = False, say: Say = print) -> 
     survey(at)
     reach(at)
     masks = harden(at)
-    if at.structures or at.config.reach.on == "units":
+    if at.structures or at.config.reach.groups == "units":
         at.found["projected"] = _judged(at, _rounded(at, masks))
         say(f"projected: {_says(at.found['projected'])}")
     finetune(at, masks)

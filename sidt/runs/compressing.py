@@ -136,7 +136,7 @@ def harden(at: Compression) -> dict[str, Tensor]:
         What is kept of the weights that have a structure.
     """
     model, config = at.model.cpu(), at.config
-    if config.reach.on == "units":
+    if config.reach.groups == "units":
         norms = unit_norms(model, at.space)
         zero_units(model, at.space, {n: v < config.reach.threshold * v.max() for n, v in norms.items()})
     for name, weight in weights_of(model, at.structures).items():
@@ -170,13 +170,13 @@ def _penalty(at: Compression) -> Callable[[], Tensor]:
     config: ReachConfig = at.config.reach
     model, space, structures = at.model, at.space, at.structures
     tiles = {n: p.tiles for n, s in structures.items() for p in s.patterns[:1] if isinstance(p, Largest)}
-    if config.on == "structures" and not tiles:
+    if config.groups == "structures" and not tiles:
         raise InputError(f"reach.by is {config.by!r}, and no structure has tiles as its first pattern; use by: admm")
 
     def penalty() -> Tensor:
         norms = (
             list(unit_norms(model, space).values())
-            if config.on == "units"
+            if config.groups == "units"
             else [t.norms(model.get_parameter(n)) for n, t in tiles.items()]
         )
         if config.by == "clipped":

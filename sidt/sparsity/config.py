@@ -41,18 +41,18 @@ class ReachConfig(_Strict):
     Attributes:
         by: ``projection`` does not train; ``admm``; or a penalty on the norms of groups: group lasso, Structured Hoyer
             Square, or lasso clipped at a threshold that adapts itself.
-        on: whose norms the penalty is of: the first pattern's groups of every structure, or the units of the space.
+        groups: whose norms the penalty is of: the first pattern's groups of every structure, or the units of the space.
         strength: of the penalty.
         eta: what is clipped: norms above eta times their mean.
         rounds: of ADMM; each is a training as ``train`` says.
         rho: of ADMM in its first round.
         growth: what rho is multiplied by after each round.
-        threshold: with ``on: units``, units below this share of their dimension's largest norm become zero.
+        threshold: with ``groups: units``, units below this share of their dimension's largest norm become zero.
         train: how; the defaults are those of a short training of a trained model.
     """
 
     by: Literal["projection", "admm", "lasso", "hoyer", "clipped"] = "projection"
-    on: Literal["structures", "units"] = "structures"
+    groups: Literal["structures", "units"] = "structures"
     strength: float = Field(default=1e-4, gt=0)
     eta: float = Field(default=1.0, gt=0)
     rounds: int = Field(default=4, ge=1)
@@ -63,7 +63,7 @@ class ReachConfig(_Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "ReachConfig":
-        if self.on == "units" and self.by not in ("lasso", "hoyer", "clipped"):
+        if self.groups == "units" and self.by not in ("lasso", "hoyer", "clipped"):
             raise ValueError(f"by is {self.by!r}, and units are reached by a penalty: lasso, hoyer or clipped")
         return self
 
@@ -125,8 +125,10 @@ class CompressConfig(_Strict):
 
     @model_validator(mode="after")
     def _does_something(self) -> "CompressConfig":
-        if not self.structures and self.reach.on != "units" and self.engine != "int8" and not self.unused:
-            raise ValueError("there is nothing to do; give structures, reach.on: units, unused: true or engine: int8")
+        if not self.structures and self.reach.groups != "units" and self.engine != "int8" and not self.unused:
+            raise ValueError(
+                "there is nothing to do; give structures, reach.groups: units, unused: true or engine: int8"
+            )
         return self
 
 

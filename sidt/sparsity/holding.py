@@ -37,7 +37,8 @@ class _Held:
         if isinstance(self.structure.values, Floats):
             return torch.where(mask, weight, 0.0)
         moves = mask & (weight.detach().abs() < self.structure.values.reach)
-        return _StraightThrough.apply(weight, self.structure.rounded(weight, mask), moves)
+        read: Tensor = _StraightThrough.apply(weight, self.structure.rounded(weight, mask), moves)
+        return read
 
 
 def hold(model: nn.Module, structures: Mapping[str, Structure], masks: Mapping[str, Tensor] | None = None) -> Reading:

@@ -117,7 +117,8 @@ class Kernels:
 
     A pattern is the centre and 3 others, one of 56. Those that are most frequent among the kernels' natural ones (the
     centre and its 3 largest others) are taken; kernels are ranked by the energy of their best pattern. The index has
-    the patterns, 9 bits each, one bit a kernel, and the pattern of each kernel that is kept.
+    the patterns, 9 bits each, one bit a kernel, and the pattern of each kernel that is kept. Projecting again changes
+    nothing, unless rounding to values made so many entries zero that it is open which patterns there were.
 
     Attributes:
         patterns: how many patterns there are.
@@ -146,56 +147,67 @@ class Kernels:
         return (table[which] & chosen.view_as(best)[..., None]).view_as(weight)
 
     def encode(self, mask: Tensor) -> Tensor:
-        """The table, one bit a kernel, and the pattern of each that is kept."""
+        """How many patterns there are, the patterns, one bit a kernel, and the pattern of each that is kept."""
         flat = mask.flatten(2)
         there = flat.any(-1)
         kernels = flat[there]
-        table = self._covering(kernels)
-        fits = (kernels[:, None] <= table[None]).all(-1)
-        which = fits.int().argmax(-1)
-        return torch.cat([table.reshape(-1), there.reshape(-1), as_bits(which, self._bits)])
+        table = _covering(kernels)
+        which = (kernels[:, None] <= table[None]).all(-1).int().argmax(-1)
+        count = as_bits(torch.tensor([len(table) - 1]), _TABLE).to(mask.device)
+        return torch.cat([count, table.reshape(-1), there.reshape(-1), as_bits(which, _width(len(table)))])
 
     def decode(self, bits: Tensor, like: Tensor) -> Tensor:
         """The mask of these kernels."""
         kernels = like.shape[0] * like.shape[1]
-        table, rest = bits[: 9 * self.patterns].view(self.patterns, 9), bits[9 * self.patterns :]
+        count, rest = int(from_bits(bits[:_TABLE], _TABLE)) + 1, bits[_TABLE:]
+        table, rest = rest[: 9 * count].view(count, 9), rest[9 * count :]
         there = rest[:kernels]
-        which = from_bits(rest[kernels:][: int(there.sum()) * self._bits], self._bits)
+        width = _width(count)
+        which = from_bits(rest[kernels:][: int(there.sum()) * width], width)
         mask = torch.zeros(kernels, 9, dtype=torch.bool, device=bits.device)
         mask[there] = table[which]
         return mask.view(like.shape)
 
-    @property
-    def _bits(self) -> int:
-        return max(1, (self.patterns - 1).bit_length())
-
     def _table(self, weight: Tensor) -> Tensor:
-        """The most frequent natural patterns, bool [patterns, 9]; kernels that name no three others come last."""
+        """The patterns of a weight, bool [patterns, 9]: those that it has, if they are few enough, else the most
+        frequent natural ones."""
         size = weight.flatten(2).reshape(-1, 9).abs()
         every = all_patterns().to(weight.device)
+        if ((size[:, _OTHERS] > 0).sum(-1) <= _KEPT_OTHERS).all():
+            table = _covering(size[size.any(-1)] > 0)
+            if len(table) <= self.patterns:
+                return table
         natural = (size @ every.to(weight.dtype).T).argmax(-1)
-        full = (size[:, _OTHERS] > 0).sum(-1) >= _KEPT_OTHERS
-        counts = torch.bincount(natural[full], minlength=len(every)) * (len(size) + 1)
-        counts += torch.bincount(natural[~full & (size.sum(-1) > 0)], minlength=len(every))
+        counts = torch.bincount(natural[size.any(-1)], minlength=len(every))
         return every[counts.sort(descending=True, stable=True).indices[: self.patterns]]
 
-    def _covering(self, kernels: Tensor) -> Tensor:
-        """Patterns that cover all kernels, bool [patterns, 9]."""
-        every = all_patterns().to(kernels.device)
-        left, table = kernels, list[int]()
-        while len(left) and len(table) < self.patterns:
-            covers = (left[:, None] <= every[None]).all(-1)
-            # Kernels that are covered by few patterns say which: those of four entries by one.
-            votes = (covers / covers.sum(-1, keepdim=True).clamp(min=1)).sum(0)
-            table.append(int(votes.argmax()))
-            left = left[~covers[:, table[-1]]]
-        if len(left):
-            raise InputError(f"{len(left)} kernels fit none of {self.patterns} patterns; project the weight first")
-        spare = [i for i in range(len(every)) if i not in table]
-        return every[sorted(table) + spare[: self.patterns - len(table)]]
+
+def _covering(kernels: Tensor) -> Tensor:
+    """Patterns, one at least, such that each of some kernels has its entries in one of them: bool [patterns, 9].
+
+    Raises:
+        InputError: a kernel has more than 3 entries beside its centre.
+    """
+    every = all_patterns().to(kernels.device)
+    left, table = kernels, list[int]()
+    while len(left) or not table:
+        covers = (left[:, None] <= every[None]).all(-1)
+        if not covers.any(-1).all():
+            raise InputError("a kernel has more than 4 entries, or 4 without its centre; project the weight first")
+        # Kernels that few patterns cover say which: those of four entries, by one.
+        votes = (covers / covers.sum(-1, keepdim=True)).sum(0)
+        table.append(int(votes.argmax()))
+        left = left[~covers[:, table[-1]]]
+    return every[sorted(table)]
+
+
+def _width(patterns: int) -> int:
+    """Bits that tell patterns apart."""
+    return max(1, (patterns - 1).bit_length())
 
 
 _CENTRE, _KEPT_OTHERS = 4, 3
+_TABLE = 6  # bits of how many there are
 _OTHERS = [i for i in range(9) if i != _CENTRE]
 
 

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import yaml
+from backbones import random_plan, shake
 
+import sidt
 from sidt.cli import commands as cli
+from sidt.export.models import create_model
 
 TINY = {
     "model": {
@@ -34,6 +37,18 @@ TINY = {
 def tiny():
     """The values of a config that takes seconds."""
     return TINY
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A run that is sliced and not fine-tuned; no trial, no training."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    config = tiny["model"]
+    dense = shake(create_model(config["name"], config["args"])).eval()
+    sidt.save(dense, folder / "dense", **config)
+    sidt.save(sidt.slice_model(dense, random_plan(sidt.space_for(dense), 0)), folder / "sliced", **config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
+    return folder
 
 
 @pytest.fixture

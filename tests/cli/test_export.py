@@ -4,33 +4,18 @@ import json
 import re
 
 import onnxruntime
-import pytest
 import timm
 import torch
-import yaml
-from backbones import random_plan, shake
+from backbones import shake
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch.testing import assert_close
 
 import sidt
 from sidt.errors import InputError
-from sidt.export.models import create_model
 from sidt.runs import exports
 
 torch_file = torch.export.load
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    """A run that is sliced and not fine-tuned; no trial, no training."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = tiny["model"]
-    dense = shake(create_model(config["name"], config["args"])).eval()
-    sidt.save(dense, folder / "dense", **config)
-    sidt.save(sidt.slice_model(dense, random_plan(sidt.space_for(dense), 0)), folder / "sliced", **config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
-    return folder
 
 
 def rows(text):

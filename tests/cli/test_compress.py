@@ -1,0 +1,121 @@
+"""``sidt compress`` on a tiny run: every system's config, what it writes, and mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sidt
+from sidt.runs import compressed
+from sidt.sparsity.packing import read_packed
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "sparsity"
+TILES = {"tiles": {"rows": 4, "columns": 4}, "keep": 0.5}  # heads are of 12 units
+FILES = {"config.json", "plan.json", "compressed.json", "report.md"}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """``written("tiles", images=64)``: one of SiDT's configs with short trainings, and some values replaced."""
+
+    def write(name, **changes):
+        tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        for key in ("reach", "survey"):
+            if key in tree and "train" in tree[key]:
+                tree[key]["train"] |= {"batch_size": 16}
+        tree |= {"images": 32} if name != "int8" else {}
+        for key, value in changes.items():
+            *path, leaf = [int(part) if part.isdigit() else part for part in key.split(".")]
+            inner = tree
+            for part in path:
+                inner = inner[part]
+            inner[leaf] = value
+        for device in ("fpga", "crossbar"):
+            if device in tree:
+                (tmp_path / tree[device]).write_text((CONFIGS / tree[device]).read_text())
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["ternary", "tprune", "tiles", "memristor", "two_of_four", "int8"])
+def test_every_system_ends_in_a_folder_that_loads(name, run, written, sidt_command):
+    changes = {} if name == "int8" else {"finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
+    dense = name in ("tiles", "two_of_four")  # the sliced model's sizes are of no tile
+    if name == "tiles":
+        changes["structures.0.structure.patterns"] = [TILES]
+    code, out, err = sidt_command("compress", run, "--config", written(name, **changes), *["--dense"] * dense)
+    assert code == 0, err
+    folder = run / "compressed" / (f"dense-{name}" if dense else name)
+    assert f"-> {folder}" in out and {path.name for path in folder.iterdir()} >= FILES
+    found = json.loads((folder / "compressed.json").read_text())
+    assert 0 < found["bytes"] < found["dense_bytes"]
+    assert (
+        found["bytes"]
+        == (folder / ("model-int8.onnx" if name == "int8" else next(folder.glob("*.safetensors")).name)).stat().st_size
+    )
+    model = sidt.load(folder)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+    if found["weights"]:
+        tensors, structures = read_packed(folder / "packed.safetensors")
+        assert (folder / "structure.png").is_file() and set(structures) == set(found["weights"])
+        for weight, row in found["weights"].items():
+            assert int((tensors[weight] != 0).sum()) == row["nonzero"] <= row["entries"]
+            assert torch.equal(structures[weight].rounded(tensors[weight], tensors[weight] != 0), tensors[weight])
+    if name == "tiles":
+        assert {row["nonzero"] / row["entries"] for row in found["weights"].values()} == {0.5}
+        assert found["modelled"]["cycles"][1] < found["modelled"]["cycles"][0]
+        assert set(found["latency_ms"]) == {"dense", "block-sparse"}
+    if name == "memristor":
+        assert found["modelled"]["crossbars"][1] <= found["modelled"]["crossbars"][0]
+    if name == "tprune":
+        assert set(found["survey"]) >= {"blocks.0.mlp.fc1.weight"}
+
+
+def test_a_dense_model_and_a_stopped_training(run, written, sidt_command, monkeypatch):
+    training = {"epochs": 2, "batch_size": 16, "smoothing": 0.0}
+    path = written("tiles", **{"finetune": training, "structures.0.structure.patterns": [TILES]})
+    path = path.rename(path.with_name("stopped.yaml"))
+    real = compressed.finetune
+
+    def stop(at, masks):
+        real(at, masks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressed, "finetune", stop)
+    assert sidt_command("compress", run, "--config", path, "--dense")[0] == 130
+    monkeypatch.setattr(compressed, "finetune", real)
+    code, _, err = sidt_command("compress", run, "--config", path, "--dense")
+    assert code == 0, err
+    assert "admm" not in err and err.count("epochs are done") == 1  # no round of ADMM again, nor an epoch
+    folder = run / "compressed" / "dense-stopped"
+    assert sidt.load(folder).blocks[0].mlp.fc1.weight.shape == (96, 24)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(run, written, mistake, tmp_path):
+    before = sorted(run.rglob("*"))
+
+    def wrong(says, name="tiles", **changes):
+        mistake("compress", run, "--dense", "--config", written(name, **changes), says=says)
+
+    def tiled(rows, columns, keep=0.5):
+        return {"structures.0.structure.patterns": [{"tiles": {"rows": rows, "columns": columns}, "keep": keep}]}
+
+    nothing = "blocks.*.nothing.fc1.weight"
+    wrong([nothing, "blocks.0.mlp.fc1.weight"], **{"structures.0.layers": nothing})
+    wrong(["5 x 4", "outputs"], **tiled(5, 4))
+    wrong(["straddle heads", "8 x 4", "round_to=8"], **tiled(8, 4))
+    wrong(["1 x 7", "24 inputs"], **tiled(1, 7))
+    wrong(["keep", "1.5"], **tiled(4, 4, 1.5))
+    wrong(["lanes"], **{"structures.0.structure": {"lanes": 8}})
+    wrong(["reach", "admm", "penalty"], **{"reach.groups": "units"})
+    wrong(["nothing to do"], **{"structures": []})
+    if not torch.cuda.is_available():
+        wrong(["2:4", "CUDA"], "two_of_four", engine="2:4")
+    mistake("compress", run, "--config", tmp_path / "none.yaml", says=[tmp_path / "none.yaml"])
+    mistake("compress", tmp_path, "--config", written("tiles"), says=[tmp_path, "config.yaml"])
+    assert sorted(run.rglob("*")) == before
