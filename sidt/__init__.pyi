@@ -4,6 +4,7 @@ from . import export as export
 from . import importance as importance
 from . import runs as runs
 from . import space as space
+from . import sparsity as sparsity
 from . import surgery as surgery
 from . import training as training
 from .allocation import allocate as allocate

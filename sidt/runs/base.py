@@ -18,7 +18,7 @@ from sidt.cost.budget import Budget
 from sidt.errors import InputError
 from sidt.files import read_json
 from sidt.importance import criteria
-from sidt.importance.gates import learn_gates
+from sidt.importance.gates import GateConfig, learn_gates
 from sidt.importance.scores import Importance
 from sidt.importance.unlabelled import own_outputs
 from sidt.runs.config import RunConfig
@@ -28,6 +28,7 @@ from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
+from sidt.sparsity.lines import learn_norms
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, load_moments, measure_moments
@@ -44,8 +45,8 @@ def scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments |
     if run.config.repair:
         model, moments = align(model, _measured(run, model, space))
         space = moments.space
-    if config.method == "gates":
-        found = _gate_scores(run, model, space)
+    if config.method in ("gates", "hoyer"):
+        found = _learned_scores(run, model, space)
     else:
         options = dict(config.options)
         if config.method == "random":
@@ -64,20 +65,23 @@ def scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments |
     return model, found, moments
 
 
-def _gate_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
-    """Learn gates on training images; a stopped training goes on."""
+def _learned_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
+    """Learn gates, or norms, on training images; a stopped training goes on."""
     config = run.config.score
+    of = {"gates": config.gates, "hoyer": config.norms}[config.method]
     if config.options:
-        raise InputError(f"score.options {config.options} has no meaning for gates; set score.gates instead")
+        where = "score.gates" if config.method == "gates" else "score.norms"
+        raise InputError(f"score.options {config.options} has no meaning for {config.method}; set {where} instead")
     if is_blind(run, dense_model(run)):
-        raise InputError("gates are learned from labels, and there are none; set score.method to taylor")
-    gates = config.gates
-    if gates.device == "auto":
-        gates = gates.model_copy(update={"device": run.device})
-    made_of = f"{gates.model_dump_json()} {config.images} {run.config.data.model_dump_json()} {weights_digest(model)}"
-    own = run.folder / "states" / f"gates-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+        raise InputError(f"{config.method} learns from labels, and there are none; set score.method to taylor")
+    if of.device == "auto":
+        of = of.model_copy(update={"device": run.device})
+    made_of = f"{of.model_dump_json()} {config.images} {run.config.data.model_dump_json()} {weights_digest(model)}"
+    own = run.folder / "states" / f"{config.method}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     images = sample(data_of(run.config.data).train, config.images)
-    return learn_gates(model, images, gates, space=space, folder=own).importance
+    if isinstance(of, GateConfig):
+        return learn_gates(model, images, of, space=space, folder=own).importance
+    return learn_norms(model, images, of, space=space, folder=own).importance
 
 
 def _measured(run: Run, model: nn.Module, space: DimensionSpace) -> Moments:

@@ -13,6 +13,7 @@ from sidt.cost.budget import Budget
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
 from sidt.space.families import Kind
+from sidt.sparsity.lines import NormConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
 from sidt.training.preparation import DataConfig
@@ -44,16 +45,19 @@ class ScoreConfig(_Strict):
     """Which importance.
 
     Attributes:
-        method: the criterion; gates are SiDT's search stage.
-        images: training images it is measured on, or that gates are learned on.
+        method: the criterion; gates are SiDT's search stage, and hoyer is TPrune's: the norms that units have left after
+            a training under Structured Hoyer Square.
+        images: training images it is measured on, or that gates or norms are learned on.
         options: keyword arguments of the criterion.
         gates: how gates are learned.
+        norms: how norms are learned, for hoyer.
     """
 
-    method: Literal["random", "magnitude", "taylor", "fisher", "activation", "gates"] = "taylor"
+    method: Literal["random", "magnitude", "taylor", "fisher", "activation", "gates", "hoyer"] = "taylor"
     images: int = Field(default=1024, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     gates: GateConfig = GateConfig()
+    norms: NormConfig = NormConfig()
 
 
 class BudgetConfig(_Strict):
