@@ -110,7 +110,7 @@ class Grid:
             for k, a in enumerate(cells)
             for b in cells[:k]
         )
-        inside = all(0 <= c.rows[0] and c.rows[1] <= self.sublayer.rows for c in cells) and all(
-            0 <= c.units[0] and c.units[1] <= self.sublayer.units for c in cells
+        inside = all(c.rows[0] >= 0 and c.rows[1] <= self.sublayer.rows for c in cells) and all(
+            c.units[0] >= 0 and c.units[1] <= self.sublayer.units for c in cells
         )
         return apart and inside and sum(c.height * c.width for c in cells) == self.sublayer.rows * self.sublayer.units

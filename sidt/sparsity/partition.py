@@ -239,9 +239,7 @@ def _arranged(
     return Grid(sublayer, tuple(cells))
 
 
-def _row_seconds(
-    sublayer: Sublayer, devices: Sequence[Device], widths: Sequence[int], strip: Sequence[int]
-) -> float:
+def _row_seconds(sublayer: Sublayer, devices: Sequence[Device], widths: Sequence[int], strip: Sequence[int]) -> float:
     """Seconds that one more row takes a strip."""
     members = [i for i in strip if widths[i]]
     count = len(members)

@@ -94,12 +94,18 @@ class CutSublayer(nn.Module):
                 f"the partition was made for {self.grid.sublayer.rows} rows in {self.grid.sublayer.owner} and is given "
                 f"{len(rows)}; give a batch of as many images as it was made for"
             )
-        out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        out: Tensor | None = None
         for cell, module in zip(self.cells, self.parts, strict=True):
             first, last = cell.rows
             beside = [_rows_of(a, first, last, len(rows)) for a in args]
             named = {key: _rows_of(a, first, last, len(rows)) for key, a in kwargs.items()}
-            out[first:last] += module(rows[first:last], *beside, **named)
+            own = module(rows[first:last], *beside, **named)
+            if len(self.cells) == 1 and len(own) == len(rows):
+                out = own.contiguous()  # nothing to add to, and no copy
+            else:
+                out = torch.zeros(rows.shape, dtype=own.dtype, device=own.device) if out is None else out
+                out[first:last] += own
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if out is None else out
         self.join(self.grid, out)
         return out.view(x.shape)
 
@@ -131,9 +137,7 @@ def _cut(
 ) -> nn.Module:
     for grid in partition.grids:
         owner = grid.sublayer.owner
-        parts = [
-            (grid.cells[i], shard.get_submodule(owner)) for i, shard in shards.items() if not grid.cells[i].empty
-        ]
+        parts = [(grid.cells[i], shard.get_submodule(owner)) for i, shard in shards.items() if not grid.cells[i].empty]
         model.set_submodule(owner, CutSublayer(parts, grid, join, tokenwise=tokenwise(space, owner)))
     return model
 

@@ -112,9 +112,7 @@ class Workload:
         for sublayer in self.sublayers:
             factor = seconds[sublayer.owner] * speed / sublayer.macs
             found.append(
-                replace(
-                    sublayer, unit_macs=sublayer.unit_macs * factor, shared_macs=sublayer.shared_macs * factor
-                )
+                replace(sublayer, unit_macs=sublayer.unit_macs * factor, shared_macs=sublayer.shared_macs * factor)
             )
         rest = max(total - sum(seconds[s.owner] for s in self.sublayers), 0.0)
         return replace(self, sublayers=tuple(found), rest_macs=rest * speed)
