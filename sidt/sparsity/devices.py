@@ -1,6 +1,6 @@
 """The devices that a model is cut over: what each computes, holds and sends in a second."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Strict(BaseModel):
@@ -47,3 +47,10 @@ class DevicesFile(_Strict):
     """
 
     devices: tuple[Device, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _apart(self) -> "DevicesFile":
+        names = [device.name for device in self.devices]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two devices are called {twice[0]}; give each a name of its own")
+        return self
