@@ -106,6 +106,7 @@ def _complete(
     """Devices that say all, with what a worker on this machine does where the file does not say it."""
     if all(d.macs_per_second is not None and d.bandwidth is not None for d in devices):
         return workload, tuple(devices)
+    partition(workload, [d.model_copy(update={"macs_per_second": 1.0, "bandwidth": 1.0}) for d in devices])  # has room
     timed, here = calibrate(model, workload, devices, sample)
     found = []
     for device, measured in zip(devices, here, strict=True):
@@ -180,7 +181,7 @@ def savings_table(loads: Mapping[str, Workload], devices: Sequence[Device]) -> s
         first = values if first is None and not rows else first
         cells = [f"{values[0]:.2f}", f"{values[1]:,}", f"{values[2]:,}"]
         if first is not None and first is not values:
-            cells = [f"{c} ({v / f - 1:+.1%})" for c, v, f in zip(cells, values, first, strict=True)]
+            cells = [f"{c} ({v / f - 1:+.1%})" if f else c for c, v, f in zip(cells, values, first, strict=True)]
         rows.append([name, *cells])
     return table(["model", "predicted ms", "bytes moved", "parameter bytes"], rows)
 
@@ -196,7 +197,7 @@ def _measured(
         shards.append(shard)
     found = run_partition(model, space, cut, shards, sample)
     error = _check("what the workers give", found.output, expected)
-    whole = partition(cut.workload, [cut.devices[0].model_copy(update={"memory": float("inf")})])
+    whole = partition(cut.workload, [cut.devices[0].model_copy(update={"memory": float(cut.workload.bytes)})])
     alone = run_partition(model, space, whole, [model], sample)
     predicted = found.predicted.seconds
     return (

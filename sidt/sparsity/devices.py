@@ -20,10 +20,10 @@ class Device(_Strict):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # a part of a file's name
-    memory: float = Field(gt=0)
-    macs_per_second: float | None = Field(default=None, gt=0)
-    bandwidth: float | None = Field(default=None, gt=0)
-    latency: float = Field(default=0.0, ge=0)
+    memory: float = Field(gt=0, allow_inf_nan=False)
+    macs_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    bandwidth: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    latency: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     threads: int = Field(default=1, ge=1)
 
     @property

@@ -4,13 +4,14 @@ After MeDNN (Mao et al., ICCAD 2017), whose phones share the rows and columns of
 tokens or images and columns are heads or hidden units (:mod:`sidt.sparsity.workload`). A forward takes, summed over
 its sublayers, ``max over devices (load / capacity + bytes / bandwidth)``, and greedy it is in four places:
 
-- memory is handed out first, in proportion: a device that holds a third of the parameters gets about a third of each
-  sublayer's units, the sublayers of the largest units first, so that what they leave over goes to small ones;
+- memory is handed out first: in proportion, so that a device that holds a third of the parameters gets about a third
+  of each sublayer's units, or as long as there is some; the sublayers of the largest units first, or those that do most
+  with a byte; of these four the best is taken, after each sublayer was cut once more under what is left;
 - a sublayer starts as one strip of rows for each device, and the two strips whose union is fastest become one, until
   one is left; the fastest of these arrangements is taken;
 - rows go to strips, and units to the devices of a strip, in proportion, then one by one to whoever ends first;
-- a device without which the forward would be quicker is left out, one at a time; the first, which has the images,
-  stays.
+- devices are left out one at a time, whoever is missed least, and the fastest of these sets is taken; the first, which
+  has the images, stays.
 
 Memory is that of the parameters; activations are not counted.
 """
@@ -67,8 +68,7 @@ class Partition:
 
     def shard_bytes(self, index: int) -> int:
         """Bytes of the parameters of a device."""
-        held = sum(g.sublayer.bytes_of(0 if g.cells[index].empty else g.cells[index].width) for g in self.grids)
-        return self.workload.rest_bytes + held
+        return self.workload.rest_bytes + sum(_held(grid)[index] for grid in self.grids)
 
     def share(self, index: int, kind: str) -> tuple[float, float]:
         """Of the sublayers of a kind the mean part of the rows that a device has, and of the units."""
@@ -138,37 +138,84 @@ def partition(workload: Workload, devices: Sequence[Device]) -> Partition:
     if best is None:
         together = sum(device.memory - workload.rest_bytes for device in devices)
         raise InputError(
-            f"{', '.join(d.name for d in devices)} have no memory for the model together: beside the "
-            f"{workload.rest_bytes:,} bytes that each holds, {together:,.0f} are left and "
+            f"no cut of the model fits into {', '.join(d.name for d in devices)}: beside the "
+            f"{workload.rest_bytes:,} bytes that each holds, {together:,.0f} are left together and "
             f"{workload.bytes - workload.rest_bytes:,} are needed, in whole heads; add memory or a device"
         )
-    while True:
-        fewer = [best.devices[:i] + best.devices[i + 1 :] for i in range(1, len(best.devices))]
+    fewest = best
+    while len(fewest.devices) > 1:
+        fewer = [fewest.devices[:i] + fewest.devices[i + 1 :] for i in range(1, len(fewest.devices))]
         found = [p for d in fewer if (p := _cut_all(workload, d)) is not None]
-        quicker = min(found, key=lambda p: p.seconds, default=best)
-        if quicker.seconds >= best.seconds:
-            return best
-        best = quicker
+        if not found:
+            break
+        fewest = min(found, key=_seconds)
+        best = min(best, fewest, key=_seconds)
+    return best
+
+
+def _seconds(found: Partition) -> float:
+    return found.seconds
 
 
 def _cut_all(workload: Workload, devices: tuple[Device, ...]) -> Partition | None:
     """All sublayers over all of some devices; ``None`` if memory does not allow it."""
+    orders = (
+        sorted(workload.sublayers, key=lambda s: -s.unit_bytes),
+        sorted(workload.sublayers, key=lambda s: -s.macs / s.bytes_of(s.units)),
+    )
+    found = [
+        cut for order in orders for fair in (True, False) if (cut := _handed_out(workload, devices, order, fair=fair))
+    ]
+    return min(map(_improved, found), key=_seconds, default=None)
+
+
+def _handed_out(
+    workload: Workload, devices: tuple[Device, ...], order: Sequence[Sublayer], *, fair: bool
+) -> Partition | None:
+    """Cut sublayer by sublayer, each under its part of the memory, or under all that is left.
+
+    ``None`` if a sublayer finds too little.
+    """
     room = [device.memory - workload.rest_bytes for device in devices]
     total = workload.bytes - workload.rest_bytes
     parts = [min(r / total, 1.0) for r in room]
     used, passed = [0] * len(devices), 0
     grids: dict[str, Grid] = {}
-    for sublayer in sorted(workload.sublayers, key=lambda s: -s.unit_bytes):
+    for sublayer in order:
         passed += sublayer.bytes_of(sublayer.units)
-        fair = [_units_in(sublayer, part * passed - u) for part, u in zip(parts, used, strict=True)]
         left = [r - u for r, u in zip(room, used, strict=True)]
-        allowed = _lent(sublayer, fair, left)
+        own = [part * passed - u for part, u in zip(parts, used, strict=True)] if fair else left
+        allowed = _lent(sublayer, [_units_in(sublayer, memory) for memory in own], left)
         if allowed is None:
             return None
-        cells = _cells(replace(sublayer, dimension="", owner=""), devices, allowed)
-        grids[sublayer.owner] = Grid(sublayer, cells)
-        used = [u + sublayer.bytes_of(0 if c.empty else c.width) for u, c in zip(used, cells, strict=True)]
+        grid = _grid(sublayer, devices, allowed)
+        grids[sublayer.owner] = grid
+        used = [u + b for u, b in zip(used, _held(grid), strict=True)]
     return Partition(workload, devices, tuple(grids[s.owner] for s in workload.sublayers))
+
+
+def _improved(found: Partition) -> Partition:
+    """The same with sublayers cut again under what is left, one after the other, as long as any becomes faster."""
+    grids, gained = list(found.grids), True
+    left = [device.memory - found.shard_bytes(i) for i, device in enumerate(found.devices)]
+    while gained:
+        gained = False
+        for place, old in enumerate(grids):
+            free = [room + held for room, held in zip(left, _held(old), strict=True)]
+            new = _grid(old.sublayer, found.devices, tuple(_units_in(old.sublayer, memory) for memory in free))
+            if new.seconds(found.devices) < old.seconds(found.devices):
+                grids[place], gained = new, True
+                left = [room - held for room, held in zip(free, _held(new), strict=True)]
+    return Partition(found.workload, found.devices, tuple(grids))
+
+
+def _held(grid: Grid) -> list[int]:
+    """Bytes of a sublayer's parameters on each device."""
+    return [grid.sublayer.bytes_of(0 if cell.empty else cell.width) for cell in grid.cells]
+
+
+def _grid(sublayer: Sublayer, devices: tuple[Device, ...], allowed: tuple[int, ...]) -> Grid:
+    return Grid(sublayer, _cells(replace(sublayer, dimension="", owner=""), devices, allowed))
 
 
 def _units_in(sublayer: Sublayer, memory: float) -> int:

@@ -18,6 +18,8 @@ from torch import multiprocessing
 
 from sidt.errors import InputError
 
+_GRACE = 1.0  # seconds after an error, in which others say theirs: the first need not be the cause
+
 
 def run_together(
     work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], threads: Sequence[int], timeout: float
@@ -60,27 +62,31 @@ def run_together(
 
 
 def _results(pipes: Sequence[Connection], end: float, timeout: float) -> list[Any]:
-    """What comes out of the pipes, one from each; the first error ends the wait."""
-    found: dict[Connection, Any] = {}
+    """What comes out of the pipes, one from each; an error ends the wait."""
+    found: dict[int, tuple[str, Any]] = {}
+    wrong = False
     while len(found) < len(pipes):
-        ready = wait([p for p in pipes if p not in found], max(end - time.monotonic(), 0.0))
-        if not ready:
+        ready = wait([p for i, p in enumerate(pipes) if i not in found], max(end - time.monotonic(), 0.0))
+        if not ready and not wrong:
             raise InputError(
                 f"{len(pipes) - len(found)} of {len(pipes)} workers did not end within {timeout:g} s; give smaller "
                 f"batches, or fewer workers"
             )
+        if not ready:
+            break
         for pipe in ready:
             assert isinstance(pipe, Connection)
             try:
-                kind, value = pipe.recv()
+                found[pipes.index(pipe)] = pipe.recv()
             except EOFError:
-                raise RuntimeError(f"worker {pipes.index(pipe)} died; was its memory too small?") from None
-            if kind == "input":
-                raise InputError(value)
-            if kind == "error":
-                raise RuntimeError(f"worker {pipes.index(pipe)} failed:\n{value}")
-            found[pipe] = value
-    return [found[pipe] for pipe in pipes]
+                found[pipes.index(pipe)] = ("died", "died; was its memory too small?")
+        if not wrong and any(kind != "done" for kind, _ in found.values()):
+            wrong, end = True, min(end, time.monotonic() + _GRACE)
+    for kind in ("input", "died", "error"):  # others fail too once one has
+        for rank, (seen, value) in found.items():
+            if seen == kind:
+                raise InputError(value) if kind == "input" else RuntimeError(f"worker {rank} {value}")
+    return [found[rank][1] for rank in range(len(pipes))]
 
 
 def _worker(
@@ -107,7 +113,7 @@ def _worker(
     except InputError as error:
         _say(pipe, "input", str(error))
     except Exception:
-        _say(pipe, "error", traceback.format_exc())
+        _say(pipe, "error", f"failed:\n{traceback.format_exc()}")
 
 
 def _say(pipe: Connection, kind: str, text: str) -> None:
