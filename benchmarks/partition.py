@@ -74,9 +74,9 @@ def main(name: str, images: int, rounds: int, out: Path) -> None:
             )
             click.echo("  ".join(map(str, rows[-1])))
     text = (
-        f"{name} with random weights, {images} images, one thread a worker, medians of {rounds} rounds. Rows x units are "
-        f"the first worker's, of attentions and of MLPs; memory is the part of their parameters that each worker has "
-        f"room for; speed-up is against one worker, measured; the difference is the largest from the whole model's "
+        f"{name} with random weights, {images} images, one thread a worker, medians of {rounds} rounds. Rows x units "
+        f"are the first worker's, of attentions and of MLPs; memory is the part of their parameters that each worker "
+        f"has room for; speed-up is against one worker, measured; the difference is the largest from the whole model's "
         f"output.\n\n" + table(HEADERS, rows, "md")
     )
     write_results(out, "Partition: predicted against measured", where, text, data)

@@ -27,13 +27,13 @@ class Pieces:
 
     Attributes:
         layers: of each sublayer, whole, and last of the rest of the model.
-        small: of exchanges of next to nothing.
-        large: of exchanges of the largest output.
+        small: of an exchange of next to nothing.
+        large: of an exchange of the largest output.
     """
 
     layers: tuple[float, ...]
-    small: tuple[float, ...]
-    large: tuple[float, ...]
+    small: float
+    large: float
 
 
 def time_pieces(model: nn.Module, owners: Sequence[str], images: Tensor, stream: int) -> Pieces:
@@ -46,7 +46,7 @@ def time_pieces(model: nn.Module, owners: Sequence[str], images: Tensor, stream:
         stream: bytes of the largest output.
     """
     small, large = probes(dist.get_world_size(), stream)
-    return Pieces(tuple(_layers(model, owners, images)), _exchanges(small), _exchanges(large))
+    return Pieces(tuple(_layers(model, owners, images)), _exchange_seconds(small), _exchange_seconds(large))
 
 
 def probes(count: int, stream: int) -> tuple[Grid, Grid]:
@@ -84,12 +84,11 @@ def _layers(model: nn.Module, owners: Sequence[str], images: Tensor) -> list[flo
     return [*own.values(), rest]
 
 
-def _exchanges(grid: Grid) -> tuple[float, ...]:
-    """Seconds of some exchanges."""
-    out, seconds = torch.zeros(grid.sublayer.rows, 1), []
+def _exchange_seconds(grid: Grid) -> float:
+    """Mean seconds of an exchange, of some in a row: who comes late from a meeting counts once in all of them."""
+    out = torch.zeros(grid.sublayer.rows, 1)
+    dist.barrier()
+    begin = time.perf_counter()
     for _ in range(_REPEATS):
-        dist.barrier()
-        begin = time.perf_counter()
         exchange(grid, out)
-        seconds.append(time.perf_counter() - begin)
-    return tuple(seconds)
+    return (time.perf_counter() - begin) / _REPEATS

@@ -8,7 +8,7 @@ and what else the machine does slows both.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import safetensors.torch
@@ -158,9 +158,7 @@ def _devices_of(
     timed = workload.timed(whole, {s.owner: load for s, load in zip(workload.sublayers, loads[:-1], strict=True)})
     link: dict[str, float] = {"bandwidth": _NO_LINK, "latency": 0.0}
     if len(devices) > 1:
-        small, large = (
-            median(mean(getattr(p, size)) for rounds in pieces for p in rounds) for size in ("small", "large")
-        )
+        small, large = (median(getattr(p, size) for rounds in pieces for p in rounds) for size in ("small", "large"))
         moved = [grid.moved(0) for grid in probes(len(devices), stream)]
         # What is small waits for a core as what is large does: at least half of the latter is its bytes.
         link = {"bandwidth": (moved[1] - moved[0]) / max(large - small, large / 2), "latency": small / 2}
