@@ -13,7 +13,19 @@ import sidt
 
 ROOT = Path(__file__).parents[1]
 # From the ground up. What stands beside the folders (sidt/errors.py, detection/models.py) is in GROUND or in ROOF.
-FOLDERS = ("space", "cost", "surgery", "training", "importance", "allocation", "sparsity", "export", "runs")
+FOLDERS = (
+    "space",
+    "cost",
+    "surgery",
+    "training",
+    "importance",
+    "allocation",
+    "sparsity",
+    "hardware",
+    "partition",
+    "export",
+    "runs",
+)
 DETECTION = ("operators", "data", "detectors", "training", "runs")
 GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}

@@ -11,6 +11,7 @@ from sidt.cli.compress import compress
 from sidt.cli.detect import detect, detection, names_a_detector
 from sidt.cli.export import export
 from sidt.cli.options import DEVICE, OUT, SET, SOURCE, TRIALS, budgeted, image_size, together
+from sidt.cli.partition import partition
 from sidt.cli.share import push
 from sidt.cli.shrink import shrink
 from sidt.errors import InputError
@@ -28,6 +29,7 @@ def cli() -> None:
 cli.add_command(compress)
 cli.add_command(detect)
 cli.add_command(export)
+cli.add_command(partition)
 cli.add_command(push)
 cli.add_command(shrink)
 

@@ -28,7 +28,7 @@ from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace
-from sidt.sparsity.lines import learn_norms
+from sidt.sparsity.lines import NormConfig, learn_norms
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, load_moments, measure_moments
@@ -68,7 +68,7 @@ def scored(run: Run, model: nn.Module) -> tuple[nn.Module, Importance, Moments |
 def _learned_scores(run: Run, model: nn.Module, space: DimensionSpace) -> Importance:
     """Learn gates, or norms, on training images; a stopped training goes on."""
     config = run.config.score
-    of = {"gates": config.gates, "hoyer": config.norms}[config.method]
+    of: GateConfig | NormConfig = config.gates if config.method == "gates" else config.norms
     if config.options:
         where = "score.gates" if config.method == "gates" else "score.norms"
         raise InputError(f"score.options {config.options} has no meaning for {config.method}; set {where} instead")

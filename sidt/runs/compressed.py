@@ -12,6 +12,9 @@ from sidt.cost.clock import processor, time_in_turn
 from sidt.export.checkpoint import PACKED, load, save
 from sidt.export.onnx import as_onnx
 from sidt.files import write_bytes, write_json, write_text
+from sidt.hardware.crossbars import CrossbarDevice, count_crossbars
+from sidt.hardware.device import read_device
+from sidt.hardware.fpga import FpgaDevice, count_cycles
 from sidt.runs.compressing import Compression, Say, finetune, harden, opened, reach, survey
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
@@ -19,10 +22,7 @@ from sidt.runs.plots import plot_structures
 from sidt.runs.quality import evaluate_on
 from sidt.runs.report import percent, quality
 from sidt.runs.tables import table
-from sidt.sparsity.crossbars import CrossbarDevice, count_crossbars
 from sidt.sparsity.engines import block_sparse
-from sidt.sparsity.fpga import FpgaDevice, count_cycles
-from sidt.sparsity.hardware import read_device
 from sidt.training.preparation import preparation_of
 
 RESULT, ONNX = "compressed.json", "model-int8.onnx"

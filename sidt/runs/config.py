@@ -45,8 +45,8 @@ class ScoreConfig(_Strict):
     """Which importance.
 
     Attributes:
-        method: the criterion; gates are SiDT's search stage, and hoyer is TPrune's: the norms that units have left after
-            a training under Structured Hoyer Square.
+        method: the criterion; gates are SiDT's search stage, and hoyer is TPrune's: the norms that units have left
+            after a training under Structured Hoyer Square.
         images: training images it is measured on, or that gates or norms are learned on.
         options: keyword arguments of the criterion.
         gates: how gates are learned.

@@ -94,7 +94,7 @@ def export_source(
     if random_weights and path.exists():
         raise InputError(f"--random-weights is for timm models; {source} has weights")
     if (path / "config.yaml").is_file():
-        run, (name, folder) = open_run(path), _result_of(path)
+        run, (name, folder) = open_run(path), result_of(path)
         small = load(folder)
         models = {"dense": load(path / "dense")} if (path / "dense" / "config.json").is_file() else {}
         size = (input_size_of(small)[0], *preparation_of(run.config.data).size)
@@ -121,7 +121,7 @@ def export_to_timm(source: str, out: Path | None) -> str:
     """
     path = Path(source)
     if (path / "config.yaml").is_file():
-        _, folder = _result_of(path)
+        _, folder = result_of(path)
     elif (path / "config.json").is_file():
         folder = path
     else:
@@ -132,7 +132,7 @@ def export_to_timm(source: str, out: Path | None) -> str:
     return f"timm.create_model({says['architecture']!r}, {args}) -> {out}"
 
 
-def _result_of(run: Path) -> tuple[str, Path]:
+def result_of(run: Path) -> tuple[str, Path]:
     """The result of a run: what it is, and its folder."""
     provenance.inputs(run, CHAIN, "evaluate")
     name, folder = ("fine-tuned", run) if (run / "config.json").is_file() else ("sliced", run / "sliced")

@@ -3,12 +3,7 @@ from .admm import train_by_admm as train_by_admm
 from .channels import remove_unused_channels as remove_unused_channels
 from .config import CompressConfig as CompressConfig
 from .config import structures_of as structures_of
-from .crossbars import CrossbarDevice as CrossbarDevice
-from .crossbars import count_crossbars as count_crossbars
 from .engines import block_sparse as block_sparse
-from .fpga import FpgaDevice as FpgaDevice
-from .fpga import count_cycles as count_cycles
-from .hardware import read_device as read_device
 from .holding import hold as hold
 from .holding import project as project
 from .lines import learn_norms as learn_norms

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sidt.sparsity.hardware import Device, Rows, connections, layers_of
+from sidt.hardware.device import Device, Rows, connections, layers_of
 
 
 class FpgaDevice(Device):

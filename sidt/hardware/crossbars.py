@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sidt.sparsity.hardware import Device, Rows, connections, layers_of
+from sidt.hardware.device import Device, Rows, connections, layers_of
 
 
 class CrossbarDevice(Device):

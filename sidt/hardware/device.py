@@ -31,7 +31,7 @@ def read_device(kind: type[AnyDevice], path: str | Path) -> AnyDevice:
     """Read a device's YAML file.
 
     Args:
-        kind: :class:`sidt.sparsity.FpgaDevice` or :class:`sidt.sparsity.CrossbarDevice`.
+        kind: :class:`sidt.hardware.FpgaDevice` or :class:`sidt.hardware.CrossbarDevice`.
         path: the file.
 
     Raises:

@@ -1,0 +1,8 @@
+"""Hardware that is not here: modelled cycles and crossbars, from YAML files of devices.
+
+``__init__.pyi`` names what is public here; it is loaded on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

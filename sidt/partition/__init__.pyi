@@ -1,0 +1,9 @@
+from .devices import Device as Device
+from .planner import Partition as Partition
+from .planner import partition as partition
+from .shards import assembled as assembled
+from .shards import shard_of as shard_of
+from .workers import calibrate as calibrate
+from .workers import run_partition as run_partition
+from .workload import Workload as Workload
+from .workload import workload_of as workload_of
