@@ -107,7 +107,6 @@ def _write(at: Compression) -> str:
         at.found["after"] = _judged(at, _Session(exported.run))
     else:
         at.found["after"] = _judged(at, load(at.folder))  # what comes out of the file
-    dense = at.run.folder / "dense" / "model.safetensors"
     image = torch.randn(1, *size)
     at.found |= {
         "bytes": file.stat().st_size,
