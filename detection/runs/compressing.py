@@ -94,9 +94,10 @@ def compress(run: DetectionRun, path: Path, *, dense: bool = False, say: Say = p
     masks = _masked(at)
     start = dump_tensors({n: t.contiguous() for n, t in at.detector.state_dict().items()}, metadata={"format": "pt"})
     _round(at, masks)
-    _save(at, at.folder / "projected")
-    _judge(at, "projected", at.folder / "projected", say)
-    finetune(at, start, masks)
+    if asked := at.asked.finetune:
+        _save(at, at.folder / "projected")
+        _judge(at, "projected", at.folder / "projected", say)
+        finetune(at, asked, start, masks)
     _save(at, at.folder)
     _judge(at, "after", at.folder, say)
     return _write(at)
@@ -171,16 +172,16 @@ def reach(at: Compression) -> None:
         load_weights(at.detector, _train(at, weights_in(at.source), "reach", asked.train, epochs, hook))
 
 
-def finetune(at: Compression, start: bytes, masks: Mapping[str, Tensor]) -> None:
+def finetune(at: Compression, asked: TrainConfig, start: bytes, masks: Mapping[str, Tensor]) -> None:
     """Train the detector under its masks and values, and round it to them.
 
     Args:
         at: the compression.
+        asked: how.
         start: the weights to start from, masked and not rounded yet: a safetensors file.
         masks: of weights.
     """
-    asked = at.asked.finetune
-    if asked is None or not asked.epochs:
+    if not asked.epochs:
         return
     file = at.folder / "states" / "start.safetensors"
     write_bytes(file, start)
@@ -270,5 +271,6 @@ def _write(at: Compression) -> str:
         "params_before": at.found["before"]["params"],
         "config": at.asked.model_dump(mode="json"),
     }
-    rows = {stage: {k: at.found[stage][k] for k in ("bbox", "segm") if k in at.found[stage]} for stage in STAGES}
+    there = {stage: at.found[stage] for stage in STAGES if stage in at.found}
+    rows = {stage: {k: row[k] for k in ("bbox", "segm") if k in row} for stage, row in there.items()}
     return write_report(at.found, results_table(rows, "md"), detector, at.structures, at.folder)

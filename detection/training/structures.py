@@ -1,4 +1,4 @@
-"""Structure inside a detector's weights, reached or held on its own losses: a hook that any MMEngine config can name."""
+"""Structure inside a detector's weights, on its own losses, as a hook that any MMEngine config can name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
