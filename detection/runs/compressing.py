@@ -111,10 +111,7 @@ def opened(run: DetectionRun, path: Path, *, dense: bool) -> Compression:
     """
     asked = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
     _check(asked, path)
-    if not dense:
-        provenance.inputs(run.folder, CHAIN, "evaluate")
-    result = run.folder if (run.folder / WEIGHTS).is_file() else existing(run, "sliced", "search")
-    source = existing(run, "dense", "train CONFIG") if dense else result
+    source = existing(run, "dense", "train CONFIG") if dense else _result(run)
     changed = {**run.options, **run.settings.finetune}
     detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changed, run.data_root), source)
     if "max_iters" in (config.get("train_cfg") or {}):
@@ -127,6 +124,12 @@ def opened(run: DetectionRun, path: Path, *, dense: bool) -> Compression:
     config = with_data(config, TRAIN, split_data(run, data)["rest"])
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
     return Compression(run, asked, path.parent, source, folder, config, data.classes, detector, space, structures)
+
+
+def _result(run: DetectionRun) -> Path:
+    """The folder of the run's fine-tuned detector, else of its sliced one."""
+    provenance.inputs(run.folder, CHAIN, "evaluate")
+    return run.folder if (run.folder / WEIGHTS).is_file() else existing(run, "sliced", "search")
 
 
 def _check(asked: CompressConfig, path: Path) -> None:
