@@ -1,10 +1,13 @@
 from .channels import remove_unused_channels as remove_unused_channels
+from .convolution import PatternConv as PatternConv
+from .convolution import time_convolutions as time_convolutions
 from .crossbars import CrossbarDevice as CrossbarDevice
 from .crossbars import count_crossbars as count_crossbars
 from .fpga import FpgaDevice as FpgaDevice
 from .fpga import count_cycles as count_cycles
 from .hardware import read_device as read_device
 from .purification import purify as purify
+from .reordering import reorder as reorder
 from .unused import fold_constants as fold_constants
 from .unused import remove_unused as remove_unused
 from .unused import unused_plan as unused_plan
