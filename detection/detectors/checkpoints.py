@@ -1,12 +1,13 @@
 """Detectors on disk: a folder of ``config.py``, ``model.safetensors`` and, if it is sliced, ``plan.json``.
 
 ``config.py`` is a normal MMDetection config that finds the other two beside itself, so MMDetection's own tools take
-the folder as it is, wherever it lies.
+the folder as it is, wherever it lies. Where weights have a structure, ``packed.safetensors`` takes the place of
+``model.safetensors``.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from sidt.detection.detectors.backbones import map_dimensions, searchable
 from sidt.detection.detectors.configs import build_detector, first_neck, read_config, without_weights
 from sidt.errors import InputError
+from sidt.export.checkpoint import PACKED
 from sidt.export.weights import fit_weights, read_weights
 from sidt.files import dump_json, replacing
 from sidt.space.plan import DimensionPlan
+from sidt.sparsity.packing import packed, read_packed
+from sidt.sparsity.structures import Structure
 
 CONFIG, PLAN, WEIGHTS = "config.py", "plan.json", "model.safetensors"
 _HERE = "{{ fileDirname }}"  # MMEngine puts the config's own folder here
@@ -33,12 +37,21 @@ _MODELS = "sidt.detection.models"
 _ROTATED = "sidt_rotated"  # in a config, as on a detector: the widths whose units stand in order
 
 
+def weights_in(folder: Path) -> Path:
+    """The file of a detector's weights in its folder: ``packed.safetensors`` if it is there."""
+    return folder / PACKED if (folder / PACKED).is_file() else folder / WEIGHTS
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights of an MMEngine checkpoint, a torch file of tensors, or a safetensors file; no code is run.
+
+    Packed weights are unpacked.
 
     Raises:
         InputError: the file is missing, damaged or holds code.
     """
+    if Path(path).name == PACKED:
+        return read_packed(Path(path))[0]
     return read_weights(path, known=get_torch_safe_globals())
 
 
@@ -60,7 +73,13 @@ def load_weights(detector: nn.Module, path: str | Path) -> None:
     fit_weights(detector, read_checkpoint(path), str(path))
 
 
-def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Sequence[str]) -> None:
+def save_detector(
+    detector: nn.Module,
+    config: Config,
+    folder: Path,
+    classes: Sequence[str],
+    structures: Mapping[str, Structure] | None = None,
+) -> None:
     """Write a detector, dense or sliced, as a folder; the files are whole before the first replaces an older one.
 
     Args:
@@ -68,9 +87,10 @@ def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Se
         config: the config that it was built from; of a sliced detector, that of the dense one.
         folder: where to write.
         classes: the names of the classes, for whoever loads it.
+        structures: of some weights, which are then packed.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or a weight is not of its structure.
     """
     plan: DimensionPlan | None = getattr(detector, "sidt_plan", None)
     own = Config(config.to_dict())
@@ -89,15 +109,18 @@ def save_detector(detector: nn.Module, config: Config, folder: Path, classes: Se
     if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
         files = {f"backbone/{n}": (Path(dense.model) / n).read_bytes() for n in ("config.json", PLAN, WEIGHTS)}
         dense.model = f"{_HERE}/backbone"
-    own.load_from = f"{_HERE}/{WEIGHTS}"
+    weights, other = (PACKED, WEIGHTS) if structures else (WEIGHTS, PACKED)
+    own.load_from = f"{_HERE}/{weights}"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in detector.state_dict().items()}
     meta = {"format": "pt", "dataset_meta": json.dumps({"classes": list(classes)})}
-    files |= {CONFIG: own.dump().encode(), WEIGHTS: dump_tensors(state, metadata=meta)}
+    data = packed(state, structures, meta) if structures else dump_tensors(state, metadata=meta)
+    files |= {CONFIG: own.dump().encode(), weights: data}
     if plan is not None:
         files[PLAN] = dump_json(plan.to_json()).encode()
     with ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)
+    (folder / other).unlink(missing_ok=True)  # of an earlier detector
     if plan is None:
         (folder / PLAN).unlink(missing_ok=True)
 
@@ -120,11 +143,11 @@ def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
         InputError: a file is missing, damaged, or does not fit the others.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} is no detector: it has no {CONFIG} with {WEIGHTS}")
+    if not (folder / CONFIG).is_file() or not weights_in(folder).is_file():
+        raise InputError(f"{folder} is no detector: it has no {CONFIG} with {WEIGHTS} or {PACKED}")
     config = read_config(folder / CONFIG)
     detector = build_detector(config)
-    load_weights(detector, folder / WEIGHTS)
+    load_weights(detector, weights_in(folder))
     plan = getattr(searchable(detector.get_submodule("backbone"))[1], "sidt_plan", None)
     if plan is not None:
         detector.sidt_plan = plan
@@ -138,7 +161,10 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
     with safe_open(filename, framework="pt") as file:
         meta = (file.metadata() or {}).get("dataset_meta")
     device = map_location if isinstance(map_location, str | torch.device) else "cpu"
-    state = load_file(filename, device=str(device))
+    if Path(filename).name == PACKED:
+        state = {name: tensor.to(device) for name, tensor in read_packed(Path(filename))[0].items()}
+    else:
+        state = load_file(filename, device=str(device))
     return {"state_dict": state, "meta": {"dataset_meta": json.loads(meta)} if meta else {}}
 
 

@@ -26,19 +26,20 @@ from sidt.allocation.greedy import Rules
 from sidt.allocation.study import gain_on
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
-from sidt.detection.data.annotations import check_annotations, write_subsets
 from sidt.detection.data.images import naming_images
-from sidt.detection.data.sources import Source, check_classes, source_of, with_data
+from sidt.detection.data.sources import check_classes, source_of, with_data
 from sidt.detection.detectors.checkpoints import (
     WEIGHTS,
     load_detector,
     load_weights,
     save_detector,
     weights_digest,
+    weights_in,
 )
 from sidt.detection.detectors.configs import build_detector
 from sidt.detection.detectors.pyramid import only_layers
 from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
+from sidt.detection.runs.data import TEST, TRAIN, check_source, checked, split_data
 from sidt.detection.runs.folder import (
     CHAIN,
     EVALUATION,
@@ -78,7 +79,6 @@ from sidt.surgery.compensation import compensate, refit_width
 from sidt.surgery.slicing import slice_model
 from sidt.training.devices import resolve_device
 
-_TRAIN, _TEST = "train_dataloader", "test_dataloader"
 _FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
 
 
@@ -90,9 +90,9 @@ def train_dense(run: DetectionRun, options: Mapping[str, Any] | None = None, *, 
     join(launcher)
     detector = build_detector(run.config)
     detector_space(detector, run.config.model, input_size(run))  # a backbone without a space is said now
-    source = _checked(run, detector, _TRAIN)
-    _checked(run, detector, _TEST)
-    config = with_data(run.config, _TRAIN, _split(run, source)["rest"])
+    source = checked(run, detector, TRAIN)
+    checked(run, detector, TEST)
+    config = with_data(run.config, TRAIN, split_data(run, source)["rest"])
     config.merge_from_dict(dict(options or {}))
     weights = Path(config.load_from) if config.get("load_from") else None
     if weights is not None and not weights.is_file():
@@ -109,7 +109,7 @@ def take_checkpoint(run: DetectionRun, checkpoint: Path, *, only_test: bool = Fa
     """Take a trained detector as the dense one; with ``only_test``, without a look at the training data."""
     detector = build_detector(run.config)
     load_weights(detector, checkpoint)
-    source = _checked(run, detector, _TEST if only_test else _TRAIN)
+    source = checked(run, detector, TEST if only_test else TRAIN)
     save_detector(detector, run.config, run.folder / "dense", source.classes)
     return f"dense detector, from {checkpoint} -> {run.folder / 'dense'}"
 
@@ -125,13 +125,13 @@ def search(run: DetectionRun, say: Say) -> str:
     original = load_detector(run.folder / "dense")[1]
     if _rotates(settings):
         detector, config, original = *only_layers(detector, config), only_layers(detector, original)[1]
-    source = _checked(run, detector, _TRAIN)
-    split = _split(run, source)
+    source = checked(run, detector, TRAIN)
+    split = split_data(run, source)
     space = detector_space(detector, config.model, input_size(run))
     _check_width(space, settings)
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
-    config = with_data(config, _TRAIN, split["rest"])
+    config = with_data(config, TRAIN, split["rest"])
     images, slicer = images_of(config, settings), partial(slice_model, detector)
     if settings.repair:
         read = partial(images, batch_size(config))
@@ -212,8 +212,8 @@ def finetune(
     made_of = provenance.inputs(run.folder, CHAIN, "finetune")
     changes = {**run.options, **run.settings.finetune, **(options or {})}
     detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changes, run.data_root), sliced)
-    source = _checked(run, detector, _TRAIN)
-    config = with_data(config, _TRAIN, _split(run, source)["rest"])
+    source = checked(run, detector, TRAIN)
+    config = with_data(config, TRAIN, split_data(run, source)["rest"])
     taught = run.settings.teacher or (TeacherSettings() if teacher else None)
     if taught is not None:
         dense = existing(run, "dense", "train CONFIG").resolve()
@@ -276,12 +276,12 @@ def evaluate_detector(
         device: where it is timed; MMEngine tests on a GPU if there is one.
     """
     detector, own = load_detector(folder)
-    source = source_of(config, _TEST)
-    _check_source(source)
+    source = source_of(config, TEST)
+    check_source(source)
     check_classes(detector, source.classes, config)
     config = prepared(config, folder / "evaluation", launcher)
     config.model = own.model  # MMEngine leaves weights of another size out, and only logs it
-    config.load_from = str(folder / WEIGHTS)
+    config.load_from = str(weights_in(folder))
     row: dict[str, Any] = dict(test(config, folder / "evaluation", per_class=per_class))
     space = detector_space(detector, config.model, input_size)
     rows = parts(space)
@@ -301,42 +301,14 @@ def draw(run: DetectionRun, images: int) -> str:
     """Draw what each detector of the run finds in the first test images, side by side."""
     provenance.inputs(run.folder, CHAIN, "evaluate")
     opened = {name: open_detector(run, folder) for name, folder in detectors(run).items()}
-    source = source_of(run.config, _TEST)
+    source = source_of(run.config, TEST)
     files = [source.images / image["file_name"] for image in read_json(source.annotations)["images"][:images]]
-    with naming_images(run.config, _TEST):
+    with naming_images(run.config, TEST):
         draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
 
 
 # --- what the steps share ------------------------------------------------------------------------------------------
-
-
-def _check_source(source: Source) -> None:
-    check_annotations(source.annotations, source.images, source.classes, masks=source.masks)
-
-
-def _checked(run: DetectionRun, detector: nn.Module, loader: str) -> Source:
-    """Where a loader's data is, after a look at all of its annotations."""
-    source = source_of(run.config, loader)
-    check_classes(detector, source.classes, run.config)
-    _check_source(source)
-    return source
-
-
-def _split(run: DetectionRun, source: Source) -> dict[str, Path]:
-    """The annotations of the held-out images, of the fresh ones and of the rest: written once for a run."""
-    folder, annotations = run.folder / "data", str(source.annotations.resolve())
-    held, seed, classes = run.settings.holdout, run.settings.seed, list(source.classes)
-    made_of = {"held": held, "seed": seed, "annotations": annotations, "classes": classes}
-    if is_main_process():
-        if not (folder / "split.json").is_file():
-            write_subsets(source.annotations, folder, held=held, seed=seed, classes=classes)
-            write_json(folder / "split.json", made_of)
-        seen = {"classes": classes} | read_json(folder / "split.json")  # earlier versions did not look at the classes
-        if seen != made_of:
-            raise InputError(f"{folder} was split by {seen}, now {made_of} is asked for; use another run folder")
-    barrier()
-    return {name: folder / f"{name}.json" for name in ("rest", "holdout", "fresh")}
 
 
 def _rotates(settings: Settings) -> bool:

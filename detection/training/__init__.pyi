@@ -5,3 +5,4 @@ from .gates import GateHook as GateHook
 from .loop import train as train
 from .loss import detector_loss as detector_loss
 from .loss import read_batches as read_batches
+from .structures import StructuresHook as StructuresHook

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from sidt.cli.detect import detection, names_a_detector
 from sidt.cli.options import DEVICE
 
 
@@ -17,9 +18,13 @@ from sidt.cli.options import DEVICE
 def compress(run: Path, config: Path, dense: bool, device: str | None) -> None:
     """Restrict what is in the weights of a RUN's model: tiles, lanes, patterns, levels, ternary.
 
-    Writes RUN/compressed/NAME of the config: the packed model (sidt.load reads it), its numbers and a report. Stop it
-    with Ctrl-C; the same command goes on.
+    RUN is of `sidt search` or of `sidt detect`. Writes RUN/compressed/NAME of the config: the packed model (sidt.load,
+    or load_detector, reads it), its numbers and a report. Stop it with Ctrl-C; the same command goes on.
     """
+    if names_a_detector(str(run)):
+        opened = detection("runs.folder").open_run(run, settings={"device": device})
+        click.echo(detection("runs.compressing").compress(opened, config, dense=dense, say=click.echo))
+        return
     import json
 
     from sidt.runs.compressed import compress as compress_run

@@ -1,31 +1,25 @@
-"""What a compression leaves: the packed checkpoint, its numbers and its report."""
+"""A run's compression from end to end: its stages, each judged, and the packed checkpoint they leave."""
 
 import copy
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidt.cost.clock import processor, time_in_turn
 from sidt.export.checkpoint import PACKED, load, save
 from sidt.export.onnx import as_onnx
-from sidt.files import write_bytes, write_json, write_text
-from sidt.hardware.crossbars import CrossbarDevice, count_crossbars
-from sidt.hardware.device import read_device
-from sidt.hardware.fpga import FpgaDevice, count_cycles
+from sidt.files import write_bytes
 from sidt.runs.compressing import Compression, Say, finetune, harden, opened, reach, survey
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
-from sidt.runs.plots import plot_structures
+from sidt.runs.kept import STAGES, latency, modelled, weights_kept, write_report
 from sidt.runs.quality import evaluate_on
 from sidt.runs.report import percent, quality
 from sidt.runs.tables import table
-from sidt.sparsity.engines import block_sparse
 from sidt.training.preparation import preparation_of
 
-RESULT, ONNX = "compressed.json", "model-int8.onnx"
+ONNX = "model-int8.onnx"
 
 
 def compress(run: Run, path: Path, *, dense: bool = False, say: Say = print) -> str:
@@ -113,105 +107,22 @@ def _write(at: Compression) -> str:
         at.found["after"] = _judged(at, _Session(exported.run))
     else:
         at.found["after"] = _judged(at, load(at.folder))  # what comes out of the file
-    dense = at.run.folder / "dense" / "model.safetensors"
+    image = torch.randn(1, *size)
     at.found |= {
         "bytes": file.stat().st_size,
-        "dense_bytes": dense.stat().st_size,
-        "weights": _weights(at),
-        "modelled": _modelled(at),
-        "latency_ms": _latency(at, size) if at.config.engine == "block-sparse" else {},
+        "dense_bytes": (at.run.folder / "dense" / "model.safetensors").stat().st_size,
+        "weights": weights_kept(model, at.structures),
+        "modelled": modelled(model, at.space.trace.positions, at.config, at.path.parent),
+        "latency_ms": latency(model, at.structures, at.config, lambda twin: twin(image)),
         "params": sum(p.numel() for p in model.parameters()),
         "params_before": sum(p.numel() for p in at.before.parameters()),
         "config": at.config.model_dump(mode="json"),
     }
-    write_json(at.folder / RESULT, at.found)
-    if at.structures:
-        plot_structures({n: at.model.get_parameter(n).detach() for n in at.structures}, at.folder / "structure.png")
-    text = report(at.found, at.path.stem)
-    write_text(at.folder / "report.md", text)
-    return f"{text}\n-> {at.folder}"
+    return write_report(at.found, _quality(at), model, at.structures, at.folder)
 
 
-def _weights(at: Compression) -> dict[str, dict[str, Any]]:
-    """What is left of each weight that has a structure, and its bits."""
-    found = {}
-    for name, structure in at.structures.items():
-        weight = at.model.get_parameter(name).detach()
-        bits = structure.bits(weight)
-        found[name] = {
-            "shape": list(weight.shape),
-            "entries": weight.numel(),
-            "nonzero": int((weight != 0).sum()),
-            "values": bits.values,
-            "index": bits.index,
-            "scales": bits.scales,
-        }
-    return found
-
-
-def _modelled(at: Compression) -> dict[str, Any]:
-    """Cycles and crossbars of the model as it was and as it is."""
-    found: dict[str, Any] = {}
-    positions = at.space.trace.positions
-    if at.config.fpga is not None:
-        fpga = read_device(FpgaDevice, at.path.parent / at.config.fpga)
-        cycles = count_cycles(at.model, positions, fpga)
-        found["cycles"] = [sum(c.dense_cycles for c in cycles), sum(c.cycles for c in cycles)]
-    if at.config.crossbar is not None:
-        crossbar = read_device(CrossbarDevice, at.path.parent / at.config.crossbar)
-        counts = count_crossbars(at.model, positions, crossbar)
-        found["crossbars"] = [sum(c.dense_crossbars for c in counts), sum(c.crossbars for c in counts)]
-    return found
-
-
-def _latency(at: Compression, size: tuple[int, int, int]) -> dict[str, float]:
-    """Milliseconds of one image: dense matrix products beside torch's block-sparse ones, in turn."""
-    twin, image = block_sparse(at.model, at.structures), torch.randn(1, *size)
-    with torch.inference_mode():
-        return time_in_turn({"dense": lambda: at.model(image), "block-sparse": lambda: twin(image)})
-
-
-def report(found: dict[str, Any], name: str) -> str:
-    """The report of a compression, as Markdown."""
-    rows = [[stage, _says(found[stage]), f"+- {percent(found[stage]['error'])}"] for stage in _STAGES if stage in found]
-    text = f"# {name}\n\n{table(['model', 'quality', 'one standard error'], rows, 'md')}\n\n"
-    ratio = found["dense_bytes"] / found["bytes"]
-    text += f"{found['bytes']:,} bytes, {ratio:.1f} times smaller than the dense file's {found['dense_bytes']:,}. "
-    text += f"{found['params']:,} of {found['params_before']:,} parameters are in the model.\n\n"
-    for what, (whole, left) in found["modelled"].items():
-        text += f"{what.capitalize()} (modelled): {left:,} of {whole:,}, {left / max(whole, 1):.1%}.\n\n"
-    if found["latency_ms"]:
-        times = ", ".join(f"{how} {ms:.2f} ms" for how, ms in found["latency_ms"].items())
-        text += f"One image: {times}; {processor()}, torch threads: {torch.get_num_threads()}.\n\n"
-    if found["weights"]:
-        text += f"{_by_kind(found['weights'])}\n\n![what is kept](structure.png)\n"
-    if "survey" in found:
-        text += (
-            f"\nShare of lines that are next to nothing after group lasso on all lines:\n\n{_survey(found['survey'])}\n"
-        )
-    return text
-
-
-_STAGES = ("before", "projected", "after")
-
-
-def _kind_of(name: str) -> str:
-    """A weight's name without its place in depth."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _by_kind(weights: dict[str, dict[str, Any]]) -> str:
-    sums: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for name, row in weights.items():
-        for key in ("entries", "nonzero", "values", "index", "scales"):
-            sums[_kind_of(name)][key] += row[key]
-    rows = []
-    for kind, row in sums.items():
-        bits = (row["values"] + row["index"] + row["scales"]) / row["entries"]
-        rows.append([kind, row["entries"], percent(row["nonzero"] / row["entries"]), f"{bits:.2f}"])
-    return table(["weights", "entries", "not zero", "bits an entry, all included"], rows, "md")
-
-
-def _survey(found: dict[str, tuple[float, float]]) -> str:
-    rows = [[name, percent(outputs), percent(inputs)] for name, (outputs, inputs) in found.items()]
-    return table(["weight", "outputs", "inputs"], rows, "md")
+def _quality(at: Compression) -> str:
+    """The quality of each stage, as a table."""
+    stages = {stage: at.found[stage] for stage in STAGES if stage in at.found}
+    rows = [[stage, _says(row), f"+- {percent(row['error'])}"] for stage, row in stages.items()]
+    return table(["model", "quality", "one standard error"], rows, "md")

@@ -29,12 +29,12 @@ from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.admm import train_by_admm
-from sidt.sparsity.config import CompressConfig, ReachConfig, structures_of
+from sidt.sparsity.config import CompressConfig, structures_of
 from sidt.sparsity.holding import hold, weights_of
 from sidt.sparsity.lines import line_lasso, small_lines
 from sidt.sparsity.patterns import Largest
-from sidt.sparsity.penalties import clipped, group_lasso, hoyer_square
 from sidt.sparsity.purification import purify
+from sidt.sparsity.reaching import penalty_of
 from sidt.sparsity.structures import Structure
 from sidt.sparsity.units import unit_norms, zero_units
 from sidt.sparsity.unused import remove_unused
@@ -125,7 +125,8 @@ def reach(at: Compression) -> None:
         options: dict[str, Any] = {"rounds": config.rounds, "rho": config.rho, "growth": config.growth}
         train_by_admm(at.model, at.structures, train, **options, file=file, say=at.say)
     elif config.by != "projection":
-        _train(at, at.model, config.train, "reach", _penalty(at), config)
+        penalty = penalty_of(at.model, config, at.structures, at.space)
+        _train(at, at.model, config.train, "reach", penalty, config)
 
 
 @torch.no_grad()
@@ -163,27 +164,6 @@ def finetune(at: Compression, masks: Mapping[str, Tensor]) -> None:
 
 
 # --- what the stages share ------------------------------------------------------------------------------------------
-
-
-def _penalty(at: Compression) -> Callable[[], Tensor]:
-    """The penalty that training adds."""
-    config: ReachConfig = at.config.reach
-    model, space, structures = at.model, at.space, at.structures
-    tiles = {n: p.tiles for n, s in structures.items() for p in s.patterns[:1] if isinstance(p, Largest)}
-    if config.groups == "structures" and not tiles:
-        raise InputError(f"reach.by is {config.by!r}, and no structure has tiles as its first pattern; use by: admm")
-
-    def penalty() -> Tensor:
-        norms = (
-            list(unit_norms(model, space).values())
-            if config.groups == "units"
-            else [t.norms(model.get_parameter(n)) for n, t in tiles.items()]
-        )
-        if config.by == "clipped":
-            return config.strength * clipped(norms, config.eta)
-        return config.strength * (group_lasso if config.by == "lasso" else hoyer_square)(norms)
-
-    return penalty
 
 
 def _purified(at: Compression, model: nn.Module) -> nn.Module:

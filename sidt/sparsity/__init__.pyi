@@ -3,6 +3,8 @@ from .admm import train_by_admm as train_by_admm
 from .channels import remove_unused_channels as remove_unused_channels
 from .config import CompressConfig as CompressConfig
 from .config import structures_of as structures_of
+from .convolution import PatternConv as PatternConv
+from .convolution import time_convolutions as time_convolutions
 from .engines import block_sparse as block_sparse
 from .holding import hold as hold
 from .holding import project as project
@@ -18,6 +20,7 @@ from .penalties import clipped as clipped
 from .penalties import group_lasso as group_lasso
 from .penalties import hoyer_square as hoyer_square
 from .purification import purify as purify
+from .reordering import reorder as reorder
 from .structures import Structure as Structure
 from .tiles import Tiles as Tiles
 from .units import unit_norms as unit_norms

@@ -108,7 +108,8 @@ class CompressConfig(_Strict):
         images: training images that all of it is trained on; None: all.
         fpga: a YAML file of an accelerator whose cycles are modelled, beside the config.
         crossbar: a YAML file of crossbars that are counted, beside the config.
-        engine: what runs the result faster: torch's block-sparse or 2:4 kernels, or ONNX Runtime in int8.
+        engine: what is to run the result faster, and is timed beside the dense model: torch's block-sparse kernels,
+            convolutions on their packed kernels, torch's 2:4 kernels, or ONNX Runtime in int8.
     """
 
     structures: tuple[LayersConfig, ...] = ()
@@ -121,7 +122,7 @@ class CompressConfig(_Strict):
     images: int | None = Field(default=None, ge=1)
     fpga: Path | None = None
     crossbar: Path | None = None
-    engine: Literal["block-sparse", "2:4", "int8"] | None = None
+    engine: Literal["block-sparse", "patterns", "2:4", "int8"] | None = None
 
     @model_validator(mode="after")
     def _does_something(self) -> "CompressConfig":

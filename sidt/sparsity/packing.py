@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sidt.errors import InputError
 from sidt.sparsity.patterns import as_bits, from_bits
+from sidt.sparsity.reordering import filter_order, order_bits
 from sidt.sparsity.structures import Structure
 from sidt.sparsity.values import Levels
 
@@ -29,20 +30,26 @@ def pack(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
         structure: its structure.
 
     Returns:
-        ``codes`` and ``index.0``, ... as uint8, eight bits a byte, and ``scales``.
+        ``codes`` and ``index.0``, ... as uint8, eight bits a byte, and ``scales``; where the structure reorders filters
+        ``order`` too, and the others are of the weight in that order.
 
     Raises:
         InputError: the weight is not feasible.
     """
-    weight = weight.detach().float().cpu()
-    kept = structure.stored(weight)
+    given = weight = weight.detach().float().cpu()
+    kept, order = structure.stored(weight), torch.zeros(0, dtype=torch.int64)
+    if structure.reorders:
+        order = filter_order(kept)
+        weight, kept = weight[order], kept[order]
     codes, scales = structure.values.encode(weight, kept)
     parts = {
         "codes": _bytes(as_bits(codes, structure.values.bits)),
         "scales": scales.bfloat16() if isinstance(structure.values, Levels) else scales,
     }
     parts |= {f"index.{i}": _bytes(index) for i, (_, index, _) in enumerate(structure.masks(weight))}
-    if not torch.equal(unpack(parts, structure, tuple(weight.shape)), weight):
+    if structure.reorders:
+        parts["order"] = _bytes(as_bits(order, order_bits(len(order))))
+    if not torch.equal(unpack(parts, structure, tuple(given.shape)), given):
         raise InputError(f"a weight of shape {list(weight.shape)} is not of its structure; project it before packing")
     return parts
 
@@ -59,17 +66,30 @@ def unpack(parts: Mapping[str, Tensor], structure: Structure, shape: tuple[int, 
             kept &= pattern.decode(_bits(parts[f"index.{i}"]), like)
         width = structure.values.bits
         codes = from_bits(_bits(parts["codes"])[: int(kept.sum()) * width], width)
-        return structure.values.decode(codes, parts["scales"].float(), kept)
+        weight = structure.values.decode(codes, parts["scales"].float(), kept)
+        return weight[_places(parts["order"], len(weight))] if structure.reorders else weight
     except (RuntimeError, IndexError, KeyError) as error:
         raise InputError(f"packed parts do not make a weight of shape {list(shape)}: {_line(error)}") from None
 
 
-def packed(state: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> bytes:
+def _places(order: Tensor, filters: int) -> Tensor:
+    """The place of each filter in a packed form."""
+    width = order_bits(filters)
+    found = from_bits(_bits(order)[: filters * width], width)
+    if not torch.equal(found.sort().values, torch.arange(filters)):
+        raise IndexError(f"the order of {filters} filters does not name each once")
+    return found.argsort()
+
+
+def packed(
+    state: Mapping[str, Tensor], structures: Mapping[str, Structure], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The tensors of a model, those with a structure packed, as one safetensors file that :func:`read_packed` reads.
 
     Args:
         state: tensors by name.
         structures: of some of them.
+        metadata: what else the file says of itself.
 
     Raises:
         InputError: a weight is not of its structure.
@@ -86,8 +106,8 @@ def packed(state: Mapping[str, Tensor], structures: Mapping[str, Structure]) -> 
             raise InputError(f"{name}: {error}") from None
         tensors |= {f"{name}{_SEPARATOR}{part}": tensor for part, tensor in parts.items()}
         says[name] = {"shape": list(tensor.shape), "structure": _STRUCTURE.dump_python(structure, mode="json")}
-    metadata = {"format": _FORMAT, "structures": json.dumps(says, separators=(",", ":"))}
-    return dump_tensors(tensors, metadata=metadata)
+    own = {"format": _FORMAT, "structures": json.dumps(says, separators=(",", ":"))}
+    return dump_tensors(tensors, metadata={**(metadata or {}), **own})
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Structure]]:

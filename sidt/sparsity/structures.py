@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sidt.sparsity.patterns import Kernels, Largest, OfEvery, Pattern
+from sidt.sparsity.reordering import order_bits
 from sidt.sparsity.tiles import STRICT
 from sidt.sparsity.values import Floats, Levels, Ternary
 
@@ -104,9 +105,16 @@ class Structure:
             kept = kept & mask
         return kept
 
+    @property
+    def reorders(self) -> bool:
+        """Whether the packed form has the filters in the order of their work: of kernels with patterns (PatDNN)."""
+        alone = [isinstance(p, Kernels) or (isinstance(p, Largest) and p.tiles.rows == 1) for p in self.patterns]
+        return all(alone) and any(isinstance(p, Kernels) for p in self.patterns)
+
     def bits(self, weight: Tensor) -> Bits:
         """What a feasible weight takes, packed."""
         kept = self.stored(weight)
         scales = {Ternary: 32, Levels: 16}.get(type(self.values), 0) * len(self.values.encode(weight, kept)[1])
         index = sum(bits.numel() for _, bits, _ in self.masks(weight))
+        index += len(weight) * order_bits(len(weight)) if self.reorders else 0
         return Bits(int(kept.sum()) * self.values.bits, index, scales)
