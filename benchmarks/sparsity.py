@@ -15,8 +15,9 @@ import click
 import yaml
 from results import environment, write_results
 
-from sidt.runs.compressed import RESULT, compress
+from sidt.runs.compressed import compress
 from sidt.runs.folder import open_run
+from sidt.runs.kept import RESULT
 from sidt.runs.tables import table
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sparsity"

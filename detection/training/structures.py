@@ -54,7 +54,7 @@ class StructuresHook(Hook):
         self.reach = None if reach is None else parse(ReachConfig, reach, "StructuresHook: reach")
         if self.reach is not None and (self.reach.by == "projection" or self.reach.groups == "units"):
             raise InputError(
-                f"StructuresHook: reach.by={self.reach.by!r} of {self.reach.groups} is no training towards structures; use "
+                f"StructuresHook: reach.by={self.reach.by!r} of {self.reach.groups} is no training to structures; use "
                 "admm, lasso, hoyer or clipped on structures"
             )
         self.restored: Mapping[str, Tensor] = {}

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from sidt.export.checkpoint import PACKED, load, save
 from sidt.export.onnx import as_onnx
 from sidt.files import write_bytes
-from sidt.runs.compressing import Compression, Say, finetune, harden, opened, reach, survey
+from sidt.runs.compressing import (
+    Compression,
+    Say,
+    cut,
+    finetune,
+    opened,
+    purified,
+    reach,
+    survey,
+    without_unused,
+)
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
 from sidt.runs.kept import STAGES, latency, modelled, weights_kept, write_report
@@ -39,15 +49,18 @@ def compress(run: Run, path: Path, *, dense: bool = False, say: Say = print) -> 
     """
     at = opened(run, path, dense=dense, say=say)
     say(_cost(at))
-    at.found["before"] = _judged(at, at.before)
-    say(f"before: {_says(at.found['before'])}")
+    _judge(at, "before", at.before)
     survey(at)
     reach(at)
-    masks = harden(at)
+    cut(at)
+    if at.config.purify is not None:
+        _judge(at, "cut", at.model)
+        purified(at, at.config.purify)
+    if at.config.unused:
+        without_unused(at)
     if at.structures or at.config.reach.groups == "units":
-        at.found["projected"] = _judged(at, _rounded(at, masks))
-        say(f"projected: {_says(at.found['projected'])}")
-    finetune(at, masks)
+        _judge(at, "projected", _rounded(at))
+    finetune(at)
     return _write(at)
 
 
@@ -64,8 +77,10 @@ def _cost(at: Compression) -> str:
     return f"{len(at.structures)} weights have a structure; epochs of {each:,} images: {shown}"
 
 
-def _judged(at: Compression, model: nn.Module) -> dict[str, float]:
-    return evaluate_on(at.run, dense_model(at.run), model, data_of(at.run.config.data).test)[0]
+def _judge(at: Compression, stage: str, model: nn.Module) -> None:
+    """Note how good the model of a stage is on the test images."""
+    at.found[stage] = evaluate_on(at.run, dense_model(at.run), model, data_of(at.run.config.data).test)[0]
+    at.say(f"{stage}: {_says(at.found[stage])}")
 
 
 def _says(row: dict[str, float]) -> str:
@@ -73,13 +88,13 @@ def _says(row: dict[str, float]) -> str:
     return f"{percent(part)} {what}"
 
 
-def _rounded(at: Compression, masks: dict[str, Tensor]) -> nn.Module:
-    """A copy with its values rounded as they are now."""
+def _rounded(at: Compression) -> nn.Module:
+    """A copy with its values rounded."""
     model = copy.deepcopy(at.model)
     with torch.no_grad():
         for name, structure in at.structures.items():
             weight = model.get_parameter(name)
-            weight.copy_(structure.rounded(weight, masks[name]))
+            weight.copy_(structure.rounded(weight, weight != 0))
     return model
 
 
@@ -104,9 +119,9 @@ def _write(at: Compression) -> str:
         exported = as_onnx(model, size, dynamic_batch=True, opset=None, precision="int8")
         file = at.folder / ONNX
         write_bytes(file, exported.data)
-        at.found["after"] = _judged(at, _Session(exported.run))
+        _judge(at, "after", _Session(exported.run))
     else:
-        at.found["after"] = _judged(at, load(at.folder))  # what comes out of the file
+        _judge(at, "after", load(at.folder))  # what comes out of the file
     image = torch.randn(1, *size)
     at.found |= {
         "bytes": file.stat().st_size,

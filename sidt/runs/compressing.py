@@ -2,14 +2,14 @@
 
 ::
 
-    the run's result (or its dense model) -> survey (on a copy) -> reach: trained towards the structures -> projected
+    the run's result (or its dense model) -> survey (on a copy) -> reach: trained towards the structures -> cut
     -> purify: nearly empty units made zero -> unused: what is dead sliced away -> finetune: trained under the masks
     -> compressed/NAME/: config.json, plan.json, packed.safetensors; compressed.json, report.md, structure.png
 """
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.admm import train_by_admm
-from sidt.sparsity.config import CompressConfig, structures_of
+from sidt.sparsity.config import CompressConfig, PurifyConfig, structures_of
 from sidt.sparsity.holding import hold, weights_of
 from sidt.sparsity.lines import line_lasso, small_lines
 from sidt.sparsity.patterns import Largest
@@ -130,30 +130,34 @@ def reach(at: Compression) -> None:
 
 
 @torch.no_grad()
-def harden(at: Compression) -> dict[str, Tensor]:
-    """Make zero what the structures leave out, and slice away what is dead then.
-
-    Returns:
-        What is kept of the weights that have a structure.
-    """
-    model, config = at.model.cpu(), at.config
-    if config.reach.groups == "units":
-        norms = unit_norms(model, at.space)
-        zero_units(model, at.space, {n: v < config.reach.threshold * v.max() for n, v in norms.items()})
-    for name, weight in weights_of(model, at.structures).items():
+def cut(at: Compression) -> None:
+    """Make zero what the structures leave out, or units that are next to nothing."""
+    at.model.cpu()
+    if at.config.reach.groups == "units":
+        norms = unit_norms(at.model, at.space)
+        zero_units(at.model, at.space, {n: v < at.config.reach.threshold * v.max() for n, v in norms.items()})
+    for name, weight in weights_of(at.model, at.structures).items():
         weight.mul_(at.structures[name].mask(weight))
-    if config.purify is not None:
-        model = _purified(at, model)
-    if config.unused:
-        model = remove_unused(model, at.space)
-        at.space = space_of(at.run.config, model)
-        at.structures = {n: _loosened(s) for n, s in at.structures.items() if model.get_parameter(n).numel()}
-    at.model = model
-    return {name: weight != 0 for name, weight in weights_of(model, at.structures).items()}
 
 
-def finetune(at: Compression, masks: Mapping[str, Tensor]) -> None:
-    """Train the model under its masks and values, and round it to them."""
+def purified(at: Compression, config: PurifyConfig) -> None:
+    """Network Purification by Taylor scores, each relative to the mean of its dimension."""
+    images = sample(data_of(at.run.config.data).calibration, at.run.config.score.images)
+    scores = taylor(at.model, make_loader(images, 64), space=at.space).scores
+    relative = {name: s / max(s.mean(), 1e-30) if s.size else s for name, s in scores.items()}
+    at.model = purify(at.model, at.space, relative, config.eta, config.sigma)
+
+
+def without_unused(at: Compression) -> None:
+    """Slice away what is dead, which changes no output."""
+    at.model = remove_unused(at.model, at.space)
+    at.space = space_of(at.run.config, at.model)
+    at.structures = {n: _loosened(s) for n, s in at.structures.items() if at.model.get_parameter(n).numel()}
+
+
+def finetune(at: Compression) -> None:
+    """Train the model under the masks and values that it has, and round it to them."""
+    masks = {name: weight != 0 for name, weight in weights_of(at.model, at.structures).items()}
     held = hold(at.model, at.structures, masks)
     try:
         if at.config.finetune is not None:
@@ -164,16 +168,6 @@ def finetune(at: Compression, masks: Mapping[str, Tensor]) -> None:
 
 
 # --- what the stages share ------------------------------------------------------------------------------------------
-
-
-def _purified(at: Compression, model: nn.Module) -> nn.Module:
-    """Network Purification by Taylor scores, each relative to the mean of its dimension."""
-    assert at.config.purify is not None
-    images = sample(data_of(at.run.config.data).calibration, at.run.config.score.images)
-    with torch.enable_grad():
-        scores = taylor(model, make_loader(images, 64), space=at.space).scores
-    relative = {name: s / max(s.mean(), 1e-30) if s.size else s for name, s in scores.items()}
-    return purify(model, at.space, relative, at.config.purify.eta, at.config.purify.sigma)
 
 
 def _loosened(structure: Structure) -> Structure:

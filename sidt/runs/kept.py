@@ -13,16 +13,16 @@ from sidt.files import write_json, write_text
 from sidt.hardware.crossbars import CrossbarDevice, count_crossbars
 from sidt.hardware.device import Rows, read_device
 from sidt.hardware.fpga import FpgaDevice, count_cycles
-from sidt.runs.plots import plot_structures
+from sidt.runs.plots import plot_structures, plot_survey
 from sidt.runs.report import percent
 from sidt.runs.tables import table
 from sidt.sparsity.config import CompressConfig
 from sidt.sparsity.convolution import time_convolutions
-from sidt.sparsity.engines import block_sparse
+from sidt.sparsity.engines import OnGpu, block_sparse, semi_structured
 from sidt.sparsity.structures import Structure
 
-RESULT, REPORT, PICTURE = "compressed.json", "report.md", "structure.png"
-STAGES = ("before", "projected", "after")
+RESULT, REPORT, PICTURE, SURVEY = "compressed.json", "report.md", "structure.png", "survey.png"
+STAGES = ("before", "cut", "projected", "after")
 
 
 def weights_kept(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, dict[str, Any]]:
@@ -66,14 +66,17 @@ def modelled(
 def latency(
     model: nn.Module, structures: Mapping[str, Structure], config: CompressConfig, forward: Callable[[nn.Module], Any]
 ) -> dict[str, float]:
-    """Milliseconds of one image by the config's engine and without it, in turn on the same cores of the CPU."""
+    """Milliseconds of one image by the config's engine and without it, in turn; 2:4 on the GPU, in half precision."""
     if config.engine == "patterns":
         return time_convolutions(model, structures, forward)
-    if config.engine != "block-sparse":
+    if config.engine == "block-sparse":
+        twin = block_sparse(model, structures)
+    elif config.engine == "2:4":
+        model, twin = OnGpu(model), semi_structured(model, structures)
+    else:
         return {}
-    twin = block_sparse(model, structures)
     with torch.inference_mode():
-        return time_in_turn({"dense": lambda: forward(model), "block-sparse": lambda: forward(twin)})
+        return time_in_turn({"dense": lambda: forward(model), config.engine: lambda: forward(twin)})
 
 
 def write_report(
@@ -91,6 +94,8 @@ def write_report(
     write_json(folder / RESULT, found)
     if structures:
         plot_structures({n: model.get_parameter(n).detach() for n in structures}, folder / PICTURE)
+    if "survey" in found:
+        plot_survey(_by_depth(found["survey"]), folder / SURVEY)
     text = report(found, folder.name, judged)
     write_text(folder / REPORT, text)
     return f"{text}\n-> {folder}"
@@ -110,9 +115,8 @@ def report(found: Mapping[str, Any], name: str, judged: str) -> str:
     if found["weights"]:
         text += f"{_by_kind(found['weights'])}\n\n![what is kept]({PICTURE})\n"
     if "survey" in found:
-        text += (
-            f"\nShare of lines that are next to nothing after group lasso on all lines:\n\n{_survey(found['survey'])}\n"
-        )
+        text += "\nShare of lines that are next to nothing after group lasso on all of them:\n\n"
+        text += f"{_survey(found['survey'])}\n\n![lines that are next to nothing]({SURVEY})\n"
     return text
 
 
@@ -136,3 +140,12 @@ def _by_kind(weights: Mapping[str, Mapping[str, Any]]) -> str:
 def _survey(found: Mapping[str, tuple[float, float]]) -> str:
     rows = [[name, percent(outputs), percent(inputs)] for name, (outputs, inputs) in found.items()]
     return table(["weight", "outputs", "inputs"], rows, "md")
+
+
+def _by_depth(found: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
+    """The shares of each kind of weight and orientation, in order of depth."""
+    rows: dict[str, list[float]] = defaultdict(list)
+    for name, shares in found.items():
+        for what, share in zip(("outputs", "inputs"), shares, strict=True):
+            rows[f"{_kind_of(name).removesuffix('.weight')}, {what}"].append(share)
+    return rows

@@ -123,3 +123,17 @@ def plot_structures(weights: Mapping[str, Tensor], path: Path, most: int = 6) ->
         axes.set_xlabel("inputs", fontsize=8)
         axes.tick_params(labelsize=6)
     _save(figure, path)
+
+
+def plot_survey(shares: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw which lines prune well: one row a kind of weight and orientation, one column a depth."""
+    depth = max(map(len, shares.values()))
+    grid = np.array([[*row, *[np.nan] * (depth - len(row))] for row in shares.values()])
+    figure = Figure(figsize=(3.6 + 0.5 * depth, 1.0 + 0.32 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
+    axes.set_xticks(range(depth))
+    axes.set_xlabel("depth")
+    figure.colorbar(image, ax=axes, label="share of lines next to nothing")
+    _save(figure, path)

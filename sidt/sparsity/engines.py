@@ -4,10 +4,12 @@ import copy
 import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
 
 from sidt.errors import InputError
-from sidt.sparsity.patterns import Largest
+from sidt.sparsity.patterns import Largest, OfEvery
 from sidt.sparsity.structures import Structure
 
 
@@ -56,4 +58,41 @@ def block_sparse(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Mo
         count += 1
     if not count:
         raise InputError("no linear layer has tiles that divide it, so none can be block-sparse; leave engine out")
+    return twin
+
+
+class OnGpu(nn.Module):
+    """A model in half precision on the GPU, from images on the CPU to outputs there: so a call ends when it ends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take a copy of a model there."""
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().half().cuda()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The outputs."""
+        outputs: Tensor = self.model(images.half().cuda())
+        return outputs.float().cpu()
+
+
+def semi_structured(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
+    """A copy of a model on the GPU whose linear layers with 2:4 use torch's semi-structured kernels.
+
+    Raises:
+        InputError: there is no CUDA device, no linear layer is 2:4, or the kernels do not take the size of one.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("2:4 kernels need a CUDA device; leave engine out")
+    twin = OnGpu(model)
+    names = [
+        n for n, s in structures.items() if any(isinstance(p, OfEvery) and (p.n, p.m) == (2, 4) for p in s.patterns)
+    ]
+    if not names:
+        raise InputError("no weight is 2:4, so there is nothing for its kernels; give a structure {n: 2, m: 4}")
+    for name in names:
+        layer, weight = twin.model.get_submodule(name.rpartition(".")[0]), twin.model.get_parameter(name)
+        try:
+            layer.weight = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"2:4 kernels do not take {name}: {' '.join(str(error).split())[:200]}") from None
     return twin

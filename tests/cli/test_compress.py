@@ -71,9 +71,19 @@ def test_every_system_ends_in_a_folder_that_loads(name, run, written, sidt_comma
         assert found["modelled"]["cycles"][1] < found["modelled"]["cycles"][0]
         assert set(found["latency_ms"]) == {"dense", "block-sparse"}
     if name == "memristor":
+        assert {"before", "cut", "projected", "after"} <= set(found)
         assert found["modelled"]["crossbars"][1] <= found["modelled"]["crossbars"][0]
     if name == "tprune":
-        assert set(found["survey"]) >= {"blocks.0.mlp.fc1.weight"}
+        assert set(found["survey"]) >= {"blocks.0.mlp.fc1.weight"} and (folder / "survey.png").is_file()
+
+
+def test_norms_are_an_importance_of_a_run(run, sidt_command, mistake):
+    options = ["--set", "score.method=hoyer", "--set", "score.norms.epochs=1", "--set", "score.images=64"]
+    code, out, err = sidt_command("score", run, *options)
+    assert code == 0 and "hoyer" in out, err
+    scores = sidt.importance.load_importance(run / "scores.safetensors", sidt.space_for(sidt.load(run / "base")))
+    assert len(set(scores.scores["hidden.0"].tolist())) > 1
+    mistake("score", run, *options, "--set", "score.options={p: 2}", says=["hoyer", "score.norms"])
 
 
 def test_a_dense_model_and_a_stopped_training(run, written, sidt_command, monkeypatch):
@@ -82,8 +92,8 @@ def test_a_dense_model_and_a_stopped_training(run, written, sidt_command, monkey
     path = path.rename(path.with_name("stopped.yaml"))
     real = compressed.finetune
 
-    def stop(at, masks):
-        real(at, masks)
+    def stop(at):
+        real(at)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compressed, "finetune", stop)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from sidt.hardware import CrossbarDevice, FpgaDevice, count_crossbars, count_cycles, read_device
 from sidt.hardware.crossbars import crossbars
 from sidt.hardware.device import connections
 from sidt.hardware.fpga import kept_tiles, tile_cycles
 from sidt.space.trace import trace
-from sidt.sparsity import CrossbarDevice, FpgaDevice, count_crossbars, count_cycles, read_device
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sparsity"
 SMALL = {"tile_outputs": 4, "tile_inputs": 2, "tile_positions": 10, "clock": 1e6, "bits": 16}

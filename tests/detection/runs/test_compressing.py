@@ -135,7 +135,7 @@ STRUCTURES = "structures: [{layers: neck.*_convs.*.conv.weight, structure: {valu
         (STRUCTURES + "unused: true\nimages: 9\n", ["unused, images", "of a detector"]),
         (STRUCTURES + "engine: int8\n", ["engine: int8"]),
         (STRUCTURES + "teacher: {features: 0.0}\n", ["teacher.features: 0"]),
-        ('reach: {by: hoyer, groups: units}\n', ["reach.groups: units"]),
+        ("reach: {by: hoyer, groups: units}\n", ["reach.groups: units"]),
         ("engine: patterns\nunused: false\n", ["nothing to do"]),
         (STRUCTURES.replace("neck.*_convs", "rpn_head.*"), ["rpn_head.*", "neck.lateral_convs.0.conv.weight"]),
         (STRUCTURES.replace("{values: {levels: 8}}", "{patterns: [{patterns: 8}]}"), ["lateral_convs", "1 x 1"]),
