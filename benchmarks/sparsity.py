@@ -3,8 +3,9 @@
     python benchmarks/sparsity.py RUN [--sliced RUN] [--detector RUN] --out benchmarks/results/sparsity
 
 RUN is a run folder with a dense model (``--dense`` of ``sidt compress``); the result of the other, which was sliced
-with ``search.round_to=8`` so that tiles fit, is compressed likewise. What is in ``compressed/`` already is not done
-again. The detector's run is one of ``sidt detect demo``. The control is trained on the same images, as long as the longest of them, without a structure.
+with ``search.round_to=8`` so that tiles fit, is compressed likewise. The detector's run is one of ``sidt detect demo``.
+What is in ``compressed/`` already is not done again. The control is trained on the same images, as long as the longest
+of them, without a structure.
 """
 
 import json
@@ -115,8 +116,9 @@ def main(run: Path, sliced: Path | None, detector: Path | None, only: tuple[str,
     if out is not None:
         note = (
             "Top-1 in % on the 5,000 test images (one standard error 0.7), of detectors AP of boxes on 200: as it was; "
-            "cut before purification; projected after the training towards the structure; after training under it. Bits: an entry of the weights that have a structure, "
-            "index and scales included. Smaller: bytes of the file against the dense model's. One seed."
+            "cut before purification; projected after the training towards the structure; after training under it. "
+            "Bits: an entry of the weights that have a structure, index and scales included. Smaller: bytes of the "
+            "file against the dense model's. One seed."
         )
         write_results(out, "Structure inside weights", environment(), f"{text}\n\n{note}", data)
 
