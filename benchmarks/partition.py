@@ -2,7 +2,7 @@
 
     python benchmarks/partition.py
 
-The prediction is the sum of pieces that are timed in turn with the partitioned model (sidt/sparsity/pieces.py). Workers
+The prediction is the sum of pieces that are timed in turn with the partitioned model (sidt/partition/pieces.py). Workers
 share the cores: more of them than cores gain nothing, and the prediction has to say so. Each number of workers is tried
 twice: with memory for the whole model on each (rows are cut), and for a part of it (units are cut too).
 """
