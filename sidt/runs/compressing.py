@@ -30,6 +30,7 @@ from sidt.runs.quality import gives_features, is_blind
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.admm import train_by_admm
 from sidt.sparsity.config import CompressConfig, PurifyConfig, structures_of
+from sidt.sparsity.engines import block_sparse
 from sidt.sparsity.holding import hold, weights_of
 from sidt.sparsity.lines import line_lasso, small_lines
 from sidt.sparsity.patterns import Largest
@@ -87,6 +88,8 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
     before = dense_model(run) if dense else _result(run)
     space = space_of(run.config, before)
     structures = structures_of(before, config.structures, space)
+    if config.engine == "block-sparse":
+        block_sparse(before, structures)  # what it does not take is said before any training
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
     return Compression(run, path, config, folder, before, copy.deepcopy(before), space, say, structures)
 

@@ -41,7 +41,7 @@ def block_sparse(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Mo
     """A copy of a model whose linear layers with tiles skip those that are zero.
 
     Raises:
-        InputError: no structure has tiles that divide a linear layer.
+        InputError: no structure has tiles that divide a linear layer, or they are not square.
     """
     twin = copy.deepcopy(model).eval()
     count = 0
@@ -54,6 +54,11 @@ def block_sparse(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Mo
         rows, columns = tiles.size(layer.weight)
         if layer.out_features % rows or layer.in_features % columns:
             continue
+        if rows != columns:
+            raise InputError(
+                f"{name} has tiles of {tiles}, and torch's block-sparse products take square ones on a CPU; take "
+                f"{rows} x {rows}, or leave engine out"
+            )
         twin.set_submodule(owner, BlockSparseLinear(layer, rows, columns))
         count += 1
     if not count:
