@@ -42,7 +42,7 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["ternary", "tprune", "tiles", "memristor", "two_of_four", "int8"])
+@pytest.mark.parametrize("name", ["ternary", "tprune", "smcd", "tiles", "memristor", "two_of_four", "int8"])
 def test_every_system_ends_in_a_folder_that_loads(name, run, written, sidt_command):
     changes = {} if name == "int8" else {"finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
     dense = name in ("tiles", "two_of_four")  # the sliced model's sizes are of no tile
