@@ -17,11 +17,11 @@ from torch.utils.data import Dataset, Subset
 
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import measure
+from sidt.data.loading import Splits
 from sidt.errors import InputError
 from sidt.files import read_json, replacing, write_json
 from sidt.space.space import DimensionSpace
 from sidt.training.batches import make_loader
-from sidt.training.data import Splits
 
 TOOLS = ("Torch-Pruning", "ModelOpt FastNAS")
 RIVALS = (*TOOLS, "CORP", "VBP")

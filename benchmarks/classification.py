@@ -32,6 +32,8 @@ from training_free import corp, vbp
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.cost.complexity import measure, time_forward
+from sidt.data.loading import load_data
+from sidt.data.preparation import DataConfig
 from sidt.export.checkpoint import load, save
 from sidt.export.models import create_model
 from sidt.export.weights import fit_weights, load_weights
@@ -41,11 +43,9 @@ from sidt.importance.placements import Placement
 from sidt.importance.scores import Importance
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
-from sidt.training.data import load_data
 from sidt.training.distillation import distillation_loss
 from sidt.training.evaluation import correct
 from sidt.training.loop import TrainConfig, fit
-from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 VIT = ("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100})

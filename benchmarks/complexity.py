@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidt.cost.complexity import PlanCosts, cost_terms, measure, report
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.axes import Array
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for

@@ -31,16 +31,16 @@ from sidt.allocation.greedy import allocate
 from sidt.allocation.knobs import plan_at
 from sidt.allocation.study import SearchResult, search
 from sidt.cost.budget import Budget
+from sidt.data.loading import DataConfig, load_data
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.importance.scores import Importance
-from sidt.runs.report import table
+from sidt.report.text import table
 from sidt.space.plan import DimensionPlan
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments
 from sidt.training.batches import make_loader
-from sidt.training.data import DataConfig, load_data
 from sidt.training.evaluation import judged, log_likelihood
 
 HERE = Path(__file__).parent

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
+from sidt.data.loading import load_data
+from sidt.data.preparation import DataConfig
 from sidt.detection.data.digits import write_digits
 from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
@@ -36,7 +38,7 @@ from sidt.detection.training.evaluation import average_precision
 from sidt.detection.training.loss import detector_loss, read_batches
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.space import DimensionSpace
 from sidt.space.trace import InputSize
 from sidt.surgery.alignment import align
@@ -44,8 +46,6 @@ from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import Moments, measure_moments
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import load_data
-from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs" / "detection"

@@ -21,7 +21,7 @@ import click
 import yaml
 from results import environment, write_results
 
-from sidt.runs.tables import table
+from sidt.report.tables import table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

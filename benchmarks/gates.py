@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from sidt import importance
 from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
+from sidt.data.loading import load_data
+from sidt.data.preparation import DataConfig
 from sidt.export.weights import load_weights
 from sidt.importance.gates import GateConfig, gated, learn_gates
 from sidt.importance.scores import Importance
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import load_data
 from sidt.training.evaluation import correct
-from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 ROUNDS, GOAL, LAMBDA = 9, 1.05, 1e-3

@@ -27,7 +27,7 @@ from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import report
 from sidt.cost.latency import LayerLatencies
 from sidt.importance.scores import Importance
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.space import DimensionSpace
 
 HERE = Path(__file__).parent

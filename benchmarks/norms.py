@@ -17,7 +17,7 @@ from timm.layers import RmsNorm
 from torch import nn
 
 from sidt.cost.complexity import time_forward
-from sidt.runs.tables import table
+from sidt.report.tables import table
 
 HERE = Path(__file__).parent
 SMALL = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6}

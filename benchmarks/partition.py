@@ -2,9 +2,9 @@
 
     python benchmarks/partition.py
 
-The prediction is the sum of pieces that are timed in turn with the partitioned model (sidt/partition/pieces.py). Workers
-share the cores: more of them than cores gain nothing, and the prediction has to say so. Each number of workers is tried
-twice: with memory for the whole model on each (rows are cut), and for a part of it (units are cut too).
+The prediction is the sum of pieces that are timed in turn with the partitioned model (sidt/partition/pieces.py).
+Workers share the cores: more of them than cores gain nothing, and the prediction has to say so. Each number of workers
+is tried twice: with memory for the whole model on each (rows are cut), and for a part of it (units are cut too).
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from sidt.partition.planner import partition
 from sidt.partition.shards import difference, shard_of
 from sidt.partition.workers import run_partition
 from sidt.partition.workload import workload_of
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.space import space_for
 
 HERE = Path(__file__).parent

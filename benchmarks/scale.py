@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sidt import Budget, align, allocate, compensate, importance, measure_moments, space_for
 from sidt.export.models import create_model
 from sidt.importance.criteria import cross_entropy
-from sidt.runs.tables import table
+from sidt.report.tables import table
 
 HERE = Path(__file__).parent
 MODELS = {

@@ -21,18 +21,18 @@ from torch.utils.data import Subset
 from sidt import importance as criteria
 from sidt.allocation.study import Sampler, SearchResult, search
 from sidt.cost.budget import Budget
+from sidt.data.loading import load_data
+from sidt.data.preparation import DataConfig
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
-from sidt.runs.tables import table
+from sidt.report.tables import table
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments
 from sidt.training.batches import make_loader
-from sidt.training.data import load_data
 from sidt.training.evaluation import correct, log_likelihood
-from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 VIT = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100}

@@ -15,16 +15,16 @@ from results import environment, write_results
 from torch import nn
 
 import sidt
+from sidt.data.loading import Splits, load_data
+from sidt.data.preparation import DataConfig
 from sidt.export.models import create_model
 from sidt.export.weights import load_weights
 from sidt.importance import own_outputs, taylor
+from sidt.report.tables import table
 from sidt.runs.quality import neighbours
-from sidt.runs.tables import table
 from sidt.surgery.heads import with_classes
 from sidt.training.batches import make_loader
-from sidt.training.data import Splits, load_data
 from sidt.training.evaluation import distances, evaluated, top1
-from sidt.training.preparation import DataConfig
 
 HERE = Path(__file__).parent
 VIT = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 6, "num_classes": 100}

@@ -18,10 +18,10 @@ from results import environment, write_results
 
 from sidt.detection.runs import compressing as detectors
 from sidt.detection.runs.folder import open_run as open_detection_run
+from sidt.report.kept import RESULT, STAGES
+from sidt.report.tables import table
 from sidt.runs.compressed import compress
 from sidt.runs.folder import open_run
-from sidt.runs.kept import RESULT, STAGES
-from sidt.runs.tables import table
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sparsity"
 # What the original systems report, each on its own network: these rows are adapted from them, and reproduce none.

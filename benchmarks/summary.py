@@ -9,7 +9,7 @@ from cells import RIVALS, Cell
 from matplotlib.figure import Figure
 
 from sidt.files import read_json, replacing
-from sidt.runs.tables import table
+from sidt.report.tables import table
 
 Results = dict[str, list[dict[str, Any]]]  # of every seed, by learning rate
 OURS, _NAMES = ("SiDT", "SiDT repair"), {"params": "parameters", "macs": "MACs", "latency": "time at batch 1"}

@@ -1,9 +1,11 @@
 from . import allocation as allocation
 from . import cost as cost
+from . import data as data
 from . import export as export
 from . import hardware as hardware
 from . import importance as importance
 from . import partition as partition
+from . import report as report
 from . import runs as runs
 from . import space as space
 from . import sparsity as sparsity

@@ -14,29 +14,20 @@ import sidt
 ROOT = Path(__file__).parents[1]
 # From the ground up. What stands beside the folders (sidt/errors.py, detection/models.py) is in GROUND or in ROOF.
 FOLDERS = (
-    "space",
-    "cost",
-    "surgery",
-    "training",
-    "importance",
-    "allocation",
-    "sparsity",
-    "hardware",
-    "partition",
-    "export",
-    "runs",
+    *("space", "cost", "surgery", "data", "training", "importance", "allocation"),
+    *("sparsity", "hardware", "partition", "export", "report", "runs"),
 )
 DETECTION = ("operators", "data", "detectors", "training", "runs")
 GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}
 ONLY = {
     "optuna": {"sidt.allocation.figures", "sidt.allocation.storage", "sidt.allocation.study"},
-    "plotly": {"sidt.runs.page", "sidt.runs.parts"},
-    "jinja2": {"sidt.runs.parts"},
+    "plotly": {"sidt.runs.page", "sidt.report.parts"},
+    "jinja2": {"sidt.report.parts"},
     "timm": {
         "sidt.surgery.attention",
-        "sidt.training.data",
-        "sidt.training.preparation",
+        "sidt.data.loading",
+        "sidt.data.preparation",
         "sidt.training.loop",
         "sidt.export.models",
     },

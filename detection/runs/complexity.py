@@ -10,7 +10,7 @@ from sidt.cost.complexity import Row
 from sidt.detection.detectors.checkpoints import CONFIG
 from sidt.detection.detectors.configs import build_detector, input_size_of, read_config
 from sidt.detection.detectors.space import detector_space, not_counted, parts
-from sidt.runs.tables import Format, table
+from sidt.report.tables import Format, table
 from sidt.space.plan import load_plan
 from sidt.space.trace import InputSize
 

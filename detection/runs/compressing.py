@@ -32,9 +32,9 @@ from sidt.detection.training.evaluation import results_table
 from sidt.detection.training.loop import train
 from sidt.errors import InputError
 from sidt.files import write_bytes
+from sidt.report.kept import STAGES, latency, modelled, weights_kept, write_report
 from sidt.runs import provenance
 from sidt.runs.config import parse, read_yaml
-from sidt.runs.kept import STAGES, latency, modelled, weights_kept, write_report
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.config import CompressConfig, structures_of
 from sidt.sparsity.structures import Structure

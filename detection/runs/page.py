@@ -25,10 +25,7 @@ from sidt.detection.runs.folder import (
 )
 from sidt.errors import InputError
 from sidt.files import read_json
-from sidt.runs import provenance
-from sidt.runs.answers import in_turn
-from sidt.runs.page import search_section
-from sidt.runs.parts import (
+from sidt.report.parts import (
     Box,
     Number,
     Part,
@@ -47,6 +44,9 @@ from sidt.runs.parts import (
     without_passwords,
     write,
 )
+from sidt.runs import provenance
+from sidt.runs.answers import in_turn
+from sidt.runs.page import search_section
 from sidt.space.plan import load_plan
 from sidt.training.devices import resolve_device
 

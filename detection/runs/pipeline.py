@@ -71,8 +71,8 @@ from sidt.detection.training.loss import detector_loss
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance, load_importance
+from sidt.report.tables import Format
 from sidt.runs import provenance
-from sidt.runs.tables import Format
 from sidt.space.families import KINDS
 from sidt.space.space import DimensionSpace
 from sidt.surgery.compensation import compensate, refit_width

@@ -29,7 +29,7 @@ from sidt.detection.data.annotations import category_ids, read_annotations
 from sidt.detection.data.images import naming_images
 from sidt.errors import InputError
 from sidt.files import read_json, replacing
-from sidt.runs.tables import Format, table
+from sidt.report.tables import Format, table
 
 IouType = Literal["bbox", "segm"]
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # pycocotools' ranges of areas, below and above 32 x 32 and 96 x 96 pixels

@@ -166,14 +166,14 @@ def demo(**arguments: Any) -> None:
 def spaces(model: str | None) -> None:
     """List the families of backbones, or print the dimensions of a timm MODEL."""
     if model is None:
-        from sidt.runs.tables import table
+        from sidt.report.tables import table
         from sidt.space.families import families
 
         rows = [[family.file.stem, name] for family in families() for name in family.models]
         click.echo(table(["search space", "model class"], rows))
         return
     from sidt.cost.complexity import shares
-    from sidt.runs.report import dimensions_table
+    from sidt.report.text import dimensions_table
     from sidt.runs.sources import space_of
 
     space = space_of(model)
@@ -212,7 +212,7 @@ def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, 
             raise InputError("--latency is for backbones; `sidt detect evaluate` times detectors")
         click.echo(detection("runs.complexity").complexity_text(source, plan, size, style))
         return
-    from sidt.runs.report import complexity_text
+    from sidt.report.text import complexity_text
     from sidt.runs.sources import complexity_of, latency_of
 
     if latency:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from sidt.data.preparation import PREPARATION
 from sidt.errors import InputError
 from sidt.export.comparison import difference_between
 from sidt.export.hub import download, repository_in
@@ -24,7 +25,6 @@ from sidt.space.space import space_for
 from sidt.sparsity.packing import packed, read_packed
 from sidt.sparsity.structures import Structure
 from sidt.surgery.slicing import slice_model
-from sidt.training.preparation import PREPARATION
 
 _FORMAT = "sidt-checkpoint-1"
 FILES = ("config.json", "plan.json", "model.safetensors")

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from sidt.errors import InputError
 from sidt.files import dump_compact, read_json, write_text
+from sidt.report.text import quality
 from sidt.runs.folder import Run, existing
-from sidt.runs.report import quality
 
 ANSWERS = "answers.json"
 

@@ -7,18 +7,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from sidt.cost.complexity import ComplexityReport, report
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
 from sidt.export.checkpoint import FILES, load
 from sidt.export.hub import check_name, upload
 from sidt.export.models import name_of
 from sidt.files import read_json
+from sidt.report import text as reporting
 from sidt.runs import provenance
-from sidt.runs import report as reporting
 from sidt.runs.config import RunConfig, read_config
 from sidt.runs.folder import CHAIN
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
-from sidt.training.preparation import preparation_of
 
 _PICTURES = {"kept.png": "units kept", "search.png": "search"}
 _PAPER = "https://arxiv.org/abs/2204.07722"

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidt.data.preparation import preparation_of
 from sidt.export.checkpoint import PACKED, load, save
 from sidt.export.onnx import as_onnx
 from sidt.files import write_bytes
+from sidt.report.kept import STAGES, latency, modelled, weights_kept, write_report
+from sidt.report.tables import table
+from sidt.report.text import percent, quality
 from sidt.runs.compressing import (
     Compression,
     Say,
@@ -23,11 +27,7 @@ from sidt.runs.compressing import (
 )
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
-from sidt.runs.kept import STAGES, latency, modelled, weights_kept, write_report
 from sidt.runs.quality import evaluate_on
-from sidt.runs.report import percent, quality
-from sidt.runs.tables import table
-from sidt.training.preparation import preparation_of
 
 ONNX = "model-int8.onnx"
 

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sidt.allocation.steps import MOST
 from sidt.allocation.study import Sampler
 from sidt.cost.budget import Budget
+from sidt.data.preparation import DataConfig
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
 from sidt.space.families import Kind
 from sidt.sparsity.lines import NormConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
-from sidt.training.preparation import DataConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sidt.cost.clock import processor, time_in_turn
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
 from sidt.export.agreement import Exported, ready, refuse_beyond, said
 from sidt.export.checkpoint import load
@@ -17,11 +18,10 @@ from sidt.export.models import create_model
 from sidt.export.onnx import BOUNDS, Precision, as_onnx
 from sidt.export.program import BOUND, as_program
 from sidt.files import check_file, write_bytes
+from sidt.report.tables import table
 from sidt.runs import provenance
 from sidt.runs.folder import CHAIN, existing, open_run
-from sidt.runs.tables import table
 from sidt.space.trace import InputSize, input_size_of
-from sidt.training.preparation import preparation_of
 
 _SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 _RUNTIME = {"onnx": "ONNX Runtime", "torch": "exported"}

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
+from sidt.data.loading import Splits, broken_images, load_data
+from sidt.data.preparation import DataConfig
+from sidt.data.sources import DataError
 from sidt.errors import InputError
 from sidt.runs.folder import Run
-from sidt.training.data import Splits, broken_images, load_data
-from sidt.training.preparation import DataConfig
-from sidt.training.sources import DataError
 
 
 @lru_cache(maxsize=1)

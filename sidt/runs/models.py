@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sidt.data.preparation import preparation_of, prepared_for
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, shapes_of
 from sidt.export.models import create_model
@@ -13,7 +14,6 @@ from sidt.runs.config import ModelConfig, RunConfig
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import input_size_of
-from sidt.training.preparation import preparation_of, prepared_for
 
 
 def folder_of(name: str) -> Path | None:

@@ -4,17 +4,17 @@ from typing import Any
 
 from sidt.allocation.curve import Point
 from sidt.cost.complexity import measure, report, time_forward
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.files import read_json, write_json, write_text
+from sidt.report import text as reporting
 from sidt.runs import provenance
-from sidt.runs import report as reporting
 from sidt.runs.answers import Answers
 from sidt.runs.folder import CHAIN, EVALUATION, SEARCH, Run, dense_model, existing, searched_plan
 from sidt.runs.images import data_of
 from sidt.runs.models import original_space, space_of
 from sidt.runs.quality import evaluate_on, is_blind
-from sidt.training.preparation import preparation_of
 
 _EARLIER = {"top1": "top-1", "loss": "log-likelihood"}  # what search.json once called what trials were judged by
 
@@ -55,7 +55,7 @@ def evaluate(run: Run) -> str:
 def write_report(run: Run) -> str:
     """Write ``report.md`` with its plots, and ``report.html``, from what the other steps left."""
     # Here: no other step waits for the imports of plots.
-    from sidt.runs import plots
+    from sidt.report import plots
     from sidt.runs.page import write_page
 
     model = dense_model(run)

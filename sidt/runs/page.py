@@ -9,12 +9,9 @@ from plotly.graph_objects import Figure
 from sidt.allocation.curve import Point, nearest
 from sidt.allocation.figures import TICKS, open_study, study_figures
 from sidt.cost.complexity import Row, report
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
-from sidt.runs.answers import Answers, changed_images, class_changes, grown_pairs, load_answers
-from sidt.runs.config import dump_config
-from sidt.runs.folder import Run
-from sidt.runs.images import data_of
-from sidt.runs.parts import (
+from sidt.report.parts import (
     Number,
     Part,
     accuracy,
@@ -34,9 +31,12 @@ from sidt.runs.parts import (
     without_passwords,
     write,
 )
-from sidt.runs.report import percent, quality
+from sidt.report.text import percent, quality
+from sidt.runs.answers import Answers, changed_images, class_changes, grown_pairs, load_answers
+from sidt.runs.config import dump_config
+from sidt.runs.folder import Run
+from sidt.runs.images import data_of
 from sidt.space.plan import DimensionPlan
-from sidt.training.preparation import preparation_of
 
 _MOST = 12  # rows of a table of changes, and pictures
 _PACKAGES = ("sidt", "torch", "timm", "optuna", "plotly")

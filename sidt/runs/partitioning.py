@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.files import write_bytes, write_json
@@ -18,13 +19,12 @@ from sidt.partition.planner import Partition, partition
 from sidt.partition.shards import assembled, difference, shard_of
 from sidt.partition.workers import calibrate, run_partition
 from sidt.partition.workload import Workload, workload_of
+from sidt.report.tables import table
 from sidt.runs.config import parse
 from sidt.runs.exports import result_of
 from sidt.runs.folder import open_run
-from sidt.runs.tables import table
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize, input_size_of
-from sidt.training.preparation import preparation_of
 
 BOUND = 1e-5  # the largest difference from the whole model's output, as a part of its largest value above 1
 

@@ -33,6 +33,8 @@ from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import report
 from sidt.cost.latency import LayerLatencies
+from sidt.data.loading import Splits
+from sidt.data.preparation import PREPARATION, preparation_of
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, save
 from sidt.files import read_json, write_json
@@ -67,12 +69,10 @@ from sidt.surgery.compensation import refit_width
 from sidt.surgery.heads import with_classes
 from sidt.surgery.slicing import slice_model
 from sidt.training.batches import make_loader
-from sidt.training.data import Splits
 from sidt.training.digest import weights_digest
 from sidt.training.distillation import TeacherConfig, distillation_loss
 from sidt.training.evaluation import check_classes
 from sidt.training.loop import Loss, TrainConfig, fit
-from sidt.training.preparation import PREPARATION, preparation_of
 
 _WIDTH_IMAGES = 192  # two passes over them for each layer that lost width
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from sidt.report.text import quality
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
-from sidt.runs.report import quality
 from sidt.training.evaluation import answers, correct, distances, evaluated, judged, log_likelihood
 
 PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped

@@ -41,7 +41,7 @@ def shrinking_run(
 
     Args:
         model: a timm name, with its published weights unless there is a checkpoint; a run or a checkpoint folder.
-        images: the folder; see :class:`sidt.training.DataConfig`.
+        images: the folder; see :class:`sidt.data.DataConfig`.
         budget: the bounds of :class:`sidt.Budget`.
         out: the run folder; default: ``runs/`` and the model's name.
         checkpoint: weights of one's own.

@@ -9,16 +9,16 @@ from torch import nn
 from sidt.allocation.paying import compare_layers
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import ComplexityReport, Group, report
+from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
 from sidt.export.checkpoint import load, shapes_of
 from sidt.export.models import create_model
-from sidt.runs.report import latency_text
-from sidt.runs.tables import Format
+from sidt.report.tables import Format
+from sidt.report.text import latency_text
 from sidt.space.plan import load_plan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize
 from sidt.surgery.heads import with_head
-from sidt.training.preparation import preparation_of
 
 _SHAPES = "meta"  # the device of models of which nothing but shapes is read: no weight is initialised
 

@@ -1,4 +1,4 @@
-"""Data, batches and devices; the training loop, distillation and evaluation of classifiers.
+"""Batches and devices; the training loop, distillation and evaluation of classifiers.
 
 ``__init__.pyi`` names what is public here; it is loaded on first use.
 """

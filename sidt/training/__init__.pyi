@@ -1,6 +1,4 @@
 from .batches import make_loader as make_loader
-from .data import Splits as Splits
-from .data import load_data as load_data
 from .devices import resolve_device as resolve_device
 from .distillation import TeacherConfig as TeacherConfig
 from .distillation import distillation_loss as distillation_loss
@@ -10,5 +8,3 @@ from .evaluation import top1 as top1
 from .loop import TrainConfig as TrainConfig
 from .loop import finetune as finetune
 from .loop import fit as fit
-from .preparation import DataConfig as DataConfig
-from .preparation import prepared_for as prepared_for

@@ -19,7 +19,7 @@ from sidt.cli.commands import cli
 from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import PlanCosts
 from sidt.errors import InputError
-from sidt.runs.report import latency_text
+from sidt.report.text import latency_text
 
 
 def fake_times(monkeypatch, left):

@@ -16,11 +16,11 @@ from torch import nn
 from torch.testing import assert_close
 from training_free import corp, vbp
 
+from sidt.data.loading import Splits
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.moments import measure_moments
 from sidt.surgery.slicing import slice_model
-from sidt.training.data import Splits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 IMAGES = 12

@@ -13,10 +13,10 @@ from pages import Page, browser, check_in_a_browser
 from PIL import Image
 
 from sidt.errors import InputError
+from sidt.report.parts import without_passwords
 from sidt.runs.answers import changed_images, class_changes, grown_pairs, in_turn, load_answers
 from sidt.runs.folder import open_run
 from sidt.runs.outcome import evaluate, write_report
-from sidt.runs.parts import without_passwords
 from sidt.runs.pipeline import run_all, search
 
 BAD = "<script>alert(1)<b>&"

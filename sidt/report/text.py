@@ -7,7 +7,7 @@ from typing import Any
 from sidt.allocation.curve import Point, knees
 from sidt.allocation.paying import LayerTime
 from sidt.cost.complexity import ComplexityReport, report
-from sidt.runs.tables import Format, table
+from sidt.report.tables import Format, table
 from sidt.space.space import DimensionSpace
 
 # How good a model is, in evaluation.json, by the key that a row has.

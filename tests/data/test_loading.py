@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from sidt.data import pixels
+from sidt.data import splits as splits_module
+from sidt.data.loading import load_data
+from sidt.data.preparation import DataConfig
 from sidt.errors import InputError
-from sidt.training import pixels
-from sidt.training import splits as splits_module
 from sidt.training.batches import make_loader, rechunk
-from sidt.training.data import load_data
-from sidt.training.preparation import DataConfig
 
 CLASSES = ("10", "9", "ape", "bee")  # timm alone would put 9 before 10
 

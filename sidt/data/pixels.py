@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sidt.training.sources import Files, Source
+from sidt.data.sources import Files, Source
 
 _CACHE_BYTES = 2**29  # decoded images of one source are kept in memory up to this size
 

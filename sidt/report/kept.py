@@ -13,9 +13,9 @@ from sidt.files import write_json, write_text
 from sidt.hardware.crossbars import CrossbarDevice, count_crossbars
 from sidt.hardware.device import Rows, read_device
 from sidt.hardware.fpga import FpgaDevice, count_cycles
-from sidt.runs.plots import plot_structures, plot_survey
-from sidt.runs.report import percent
-from sidt.runs.tables import table
+from sidt.report.plots import plot_structures, plot_survey
+from sidt.report.tables import table
+from sidt.report.text import percent
 from sidt.sparsity.config import CompressConfig
 from sidt.sparsity.convolution import time_convolutions
 from sidt.sparsity.engines import OnGpu, block_sparse, semi_structured

@@ -10,11 +10,11 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
+from sidt.data.pixels import ImageData, Pixels
+from sidt.data.preparation import Augmentation, DataConfig, Preparation, preparation_of
+from sidt.data.sources import Files, broken
+from sidt.data.splits import parts_of
 from sidt.errors import InputError
-from sidt.training.pixels import ImageData, Pixels
-from sidt.training.preparation import Augmentation, DataConfig, Preparation, preparation_of
-from sidt.training.sources import Files, broken
-from sidt.training.splits import parts_of
 
 _AUGMENT: dict[str, Augmentation] = {"digits": "crop", "cifar100": "crop-flip", "folder": "imagenet"}
 # Crops shift by up to this part of the side. Digits have 8 real pixels a side: an eighth cuts strokes off.

@@ -25,7 +25,7 @@ from plotly.offline import get_plotlyjs
 
 from sidt.cost.complexity import Row
 from sidt.files import write_text
-from sidt.runs.report import percent
+from sidt.report.text import percent
 from sidt.space.plan import DimensionPlan
 
 Part = dict[str, Any]
@@ -244,7 +244,8 @@ def write(
     """
     shown = [one for one in sections if one["parts"] or one["says"]]
     files = {
-        name: resources.files("sidt.runs").joinpath(f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")
+        name: resources.files("sidt.report").joinpath(f"page.{name}").read_text("utf-8")
+        for name in ("html", "css", "js")
     }
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

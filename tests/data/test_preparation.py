@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 
+from sidt.data.loading import broken_images, load_data
+from sidt.data.preparation import DataConfig, prepared_for
+from sidt.data.sources import as_rgb
 from sidt.errors import InputError
 from sidt.training.batches import make_loader
-from sidt.training.data import broken_images, load_data
-from sidt.training.preparation import DataConfig, prepared_for
-from sidt.training.sources import as_rgb
 
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -13,9 +13,9 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR100
 from tqdm import tqdm
 
+from sidt.data.preparation import DataConfig
+from sidt.data.sources import NO_LABEL, Arrays, Source, broken, check_names, open_files
 from sidt.errors import InputError
-from sidt.training.preparation import DataConfig
-from sidt.training.sources import NO_LABEL, Arrays, Source, broken, check_names, open_files
 
 _Source = TypeVar("_Source", bound=Source)
 
@@ -39,7 +39,7 @@ def parts_of(config: DataConfig) -> Parts:
     """The images that a config names, split.
 
     Raises:
-        InputError: as for :func:`sidt.training.load_data`.
+        InputError: as for :func:`sidt.data.load_data`.
     """
     train, test, alone = _sources(config)
     rows, known_classes = None, train.classes
