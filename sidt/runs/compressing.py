@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
@@ -36,6 +37,7 @@ from sidt.sparsity.lines import line_lasso, small_lines
 from sidt.sparsity.patterns import Largest
 from sidt.sparsity.purification import purify
 from sidt.sparsity.reaching import penalty_of
+from sidt.sparsity.refitting import input_moments, input_scale, refit
 from sidt.sparsity.structures import Structure
 from sidt.sparsity.units import unit_norms, zero_units
 from sidt.sparsity.unused import remove_unused
@@ -134,19 +136,26 @@ def reach(at: Compression) -> None:
 
 @torch.no_grad()
 def cut(at: Compression) -> None:
-    """Make zero what the structures leave out, or units that are next to nothing."""
+    """Make zero what the structures leave out, or units that are next to nothing, and repair what is left."""
     at.model.cpu()
     if at.config.reach.groups == "units":
         norms = unit_norms(at.model, at.space)
         zero_units(at.model, at.space, {n: v < at.config.reach.threshold * v.max() for n, v in norms.items()})
-    for name, weight in weights_of(at.model, at.structures).items():
-        weight.mul_(at.structures[name].mask(weight))
+    weights, moments = weights_of(at.model, at.structures), dict[str, Tensor]()
+    if at.config.repair and any(structure.patterns for structure in at.structures.values()):
+        moments = input_moments(at.model, at.structures, tqdm(_calibration(at), desc="inputs"))
+    masks = {}
+    for name, weight in weights.items():
+        counts = (
+            input_scale(moments[name]).to(weight) if name in moments and at.config.reach.by == "projection" else 1.0
+        )
+        masks[name] = at.structures[name].mask(weight * counts)
+    refit(at.model, masks, moments)
 
 
 def purified(at: Compression, config: PurifyConfig) -> None:
     """Network Purification by Taylor scores, each relative to the mean of its dimension."""
-    images = sample(data_of(at.run.config.data).calibration, at.run.config.score.images)
-    scores = taylor(at.model, make_loader(images, 64), space=at.space).scores
+    scores = taylor(at.model, _calibration(at), space=at.space).scores
     relative = {name: s / max(s.mean(), 1e-30) if s.size else s for name, s in scores.items()}
     at.model = purify(at.model, at.space, relative, config.eta, config.sigma)
 
@@ -171,6 +180,11 @@ def finetune(at: Compression) -> None:
 
 
 # --- what the stages share ------------------------------------------------------------------------------------------
+
+
+def _calibration(at: Compression) -> DataLoader[Any]:
+    """The images of the run's scores."""
+    return make_loader(sample(data_of(at.run.config.data).calibration, at.run.config.score.images), 64)
 
 
 def _loosened(structure: Structure) -> Structure:

@@ -101,6 +101,8 @@ class CompressConfig(_Strict):
         structures: for layers; of several that match a weight the first counts.
         survey: which matrices prune well, in the report.
         reach: how the model gets near them.
+        repair: whether what is left of linear layers is fitted to what they gave, on the calibration images of the
+            run's scores; without a training towards the structures, these also say how much inputs count.
         purify: what else becomes zero.
         unused: whether what is dead then leaves through a plan, exactly.
         finetune: how the model is trained under its structures afterwards; None: it is not.
@@ -115,6 +117,7 @@ class CompressConfig(_Strict):
     structures: tuple[LayersConfig, ...] = ()
     survey: SurveyConfig | None = None
     reach: ReachConfig = ReachConfig()
+    repair: bool = True
     purify: PurifyConfig | None = None
     unused: bool = False
     finetune: TrainConfig | None = None
