@@ -40,7 +40,7 @@ CONTROL = {
     "structures": [{"layers": "blocks.*.weight", "structure": {}}],
     "finetune": {"epochs": 4, "lr": 3e-4, "batch_size": 64, "warmup_epochs": 0.1, "smoothing": 0.0},
     "teacher": {"features": 0.0},
-    "images": 10000,
+    "images": 5000,
 }
 DETECTOR_CONTROL = {
     "structures": [{"layers": "neck.fpn_convs.*.weight", "structure": {}}],

@@ -351,3 +351,8 @@ def test_configs_and_spaces_ship_with_the_package():
 
     assert (resources.files("sidt.configs") / "classification" / "digits_vit.yaml").is_file()
     assert Path(str(resources.files("sidt.search_spaces"))).joinpath("vit.yaml").is_file()
+
+
+def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
+    code, _, err = sidt_command("slice", finished, "--at", 0.5)
+    assert code == 2 and "--pareto" in err and err.count("\n") == 1

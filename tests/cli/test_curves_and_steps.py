@@ -81,8 +81,3 @@ def test_mistakes_of_steps(mistake, config, tmp_path, value):
     mistake(
         "score", config, "--out", tmp_path / "r", "--set", "steps=2", "--set", "search.pareto=true", says=["pareto"]
     )
-
-
-def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
-    code, _, err = sidt_command("slice", finished, "--at", 0.5)
-    assert code == 2 and "--pareto" in err and err.count("\n") == 1
