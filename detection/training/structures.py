@@ -93,7 +93,7 @@ class StructuresHook(Hook):
         """After a round of ADMM, new targets and stronger pulls."""
         if self.admm is not None and self.reach is not None and self.every_n_epochs(runner, self.reach.train.epochs):
             self.admm.update()
-            self.admm.rho *= self.reach.growth
+            self.admm.strengthen(self.reach.growth)
             runner.logger.info(f"structures: {self.admm.distance():.1%} from the targets, next rho {self.admm.rho:.1e}")
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

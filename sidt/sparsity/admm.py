@@ -64,6 +64,11 @@ class Admm:
             self._targets[key] = part.project(weight + self._duals[key])
             self._duals[key] = self._duals[key] + weight - self._targets[key]
 
+    def strengthen(self, growth: float) -> None:
+        """Pull ``growth`` times as hard. U is the dual over rho, so that the dual itself stays."""
+        self.rho *= growth
+        self._duals = {key: dual / growth for key, dual in self._duals.items()}
+
     @torch.no_grad()
     def distance(self) -> float:
         """``|W - Z| / |W|`` over all weights: 0 once they are where they are pulled to."""
@@ -128,14 +133,15 @@ def train_by_admm(
     admm, done = Admm(model, structures, rho), 0
     if file is not None and file.is_file():
         done = _restore(admm, file)
+        admm.rho = rho * growth**done
     for round_ in range(done, rounds):
-        admm.rho = rho * growth**round_
         train(admm.penalty, round_)
         admm.update()
-        if file is not None:
-            _keep(admm, file, round_ + 1)
         if say is not None:
             say(f"round {round_ + 1} of {rounds}: rho {admm.rho:.1e}, {admm.distance():.1%} from the structure")
+        admm.strengthen(growth)
+        if file is not None:
+            _keep(admm, file, round_ + 1)
 
 
 def _keep(admm: Admm, file: Path, done: int) -> None:

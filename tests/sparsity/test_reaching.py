@@ -122,12 +122,26 @@ def test_admm_comes_to_the_structure(structure):
 
         optimizer.step(closure)
         admm.update()
-        admm.rho *= 1.1
+        admm.strengthen(1.1)
     assert admm.distance() < 0.1
     project(model, {"weight": structure})
     gap = (model.weight - target).norm() - (structure.project(target) - target).norm()
     # Several pulls at once, each to its own nearest, do not end at what is nearest for all.
     assert gap < (0.05 if len(parts_of(structure)) == 1 else 0.2) * target.norm()
+
+
+def test_a_stronger_pull_leaves_the_dual_as_it_is():
+    """Where W is at its target, the pull is the dual, ``rho U``, whatever rho is."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 4)
+    admm = Admm(layer, {"weight": STRUCTURES[0]}, rho=0.5)
+    admm.update()
+    layer.weight.data = admm.state()["target.0.weight"].clone()
+    (before,) = torch.autograd.grad(admm.penalty(), layer.weight)
+    admm.strengthen(3.0)
+    (after,) = torch.autograd.grad(admm.penalty(), layer.weight)
+    assert admm.rho == 1.5 and before.any()
+    assert_close(after, before)
 
 
 def test_each_pattern_and_the_values_have_a_pair_of_their_own():
