@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidt.cost.complexity import PlanCosts, measure, report
-from sidt.space.families import INNER_KINDS, KINDS, families
+from sidt.space.families import INNER_KINDS, KINDS
+from sidt.space.finding import families
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.slicing import mask_model, slice_model

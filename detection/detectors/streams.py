@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sidt.detection.detectors.backbones import TimmBackbone
 from sidt.space.axes import Axis
-from sidt.space.families import family_of
+from sidt.space.finding import family_of
 from sidt.space.streams import Stream, stream_of
 from sidt.space.trace import InputSize, meta_copy
 from sidt.surgery.moments import LAYERS, argument, in_one_group

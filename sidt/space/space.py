@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import Axis, Factor, ParsedLine
-from sidt.space.families import Family, Kind, Line, family_of, match_line, read_family
+from sidt.space.families import Family, Kind, Line, match_line
+from sidt.space.finding import family_of
 from sidt.space.streams import Stream, stream_of
 from sidt.space.trace import InputSize, Trace, trace
 
@@ -71,6 +72,7 @@ class DimensionSpace:
         streams: for each width, how it can be rotated, or why it cannot.
         counted: the start of the names of the places whose costs count; empty: all.
         tied: widths that the model's constructor makes of the heads and their size.
+        own: the family, if its file does not come with SiDT: what is sliced keeps it.
     """
 
     model: str
@@ -84,6 +86,7 @@ class DimensionSpace:
     streams: Mapping[str, Stream | str]
     counted: str = ""
     tied: tuple[str, ...] = ()
+    own: Family | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -237,24 +240,28 @@ def space_for(
     Args:
         model: a backbone of a known family, dense or already sliced.
         input_size: channels, height, width of the images whose cost is counted; default: those it is for.
-        file: a search-space file of your own; default: the one that comes with SiDT for the model's class.
+        file: a search-space file of your own, or a folder of them; default: see :mod:`sidt.space.finding`.
 
     Raises:
         InputError: the model has no space, a parameter matches no line or several, or sizes do not fit.
     """
-    family = read_family(Path(file)) if file is not None else family_of(model)
+    family = family_of(model) if file is None else family_of(model, Path(file))
     binder = _Binder(family)
     tensors: dict[str, tuple[Tensor, bool]] = {name: (p, False) for name, p in model.named_parameters()}
     tensors |= {name: (b, True) for name, b in model.named_buffers()}
     matches = {}
+    missing = []
     for name, (_, is_buffer) in tensors.items():
         match = match_line(family, family.parameters, name)
         if match is not None:
             matches[name] = match
         elif not is_buffer:
-            raise InputError(
-                f"{type(model).__name__}: the parameter {name} has no axes; add a line for it to {family.file}"
-            )
+            missing.append(name)
+    if missing:
+        more = f" (and {len(missing) - 1} more: {', '.join(missing[1:9])})" if missing[1:] else ""
+        raise InputError(
+            f"{type(model).__name__}: the parameter {missing[0]}{more} has no axes; add a line for it to {family.file}"
+        )
     indices = {name: {k: int(v) for k, v in match.groupdict().items()} for name, (_, match) in matches.items()}
     for name, (line, _) in matches.items():
         binder.note_last(line, indices[name])
@@ -301,6 +308,7 @@ def space_for(
         {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"}
         | _pooled_by_maximum(model, places),
         tied=tuple(name for name in dimensions if name.split(".")[0] in family.tied),
+        own=family if family.text else None,
     )
 
 

@@ -6,15 +6,15 @@ from backbones import MMDET_PVT, SWIN, VIT_TINY, dense
 from timm.models.vision_transformer import DiffAttention, VisionTransformer
 from torch import nn
 
-from sidt.space.families import families
+from sidt.space.finding import families
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.space.trace import input_size_of
 from sidt.surgery.slicing import slice_model
 
-GOOD = """
-models: [somewhere.Net]
-axes: {hidden: mlp}
+GOOD = f"""
+models: [{__name__}.Net]
+axes: {{hidden: mlp}}
 parameters:
   fc1.weight: hidden, _
   fc1.bias: hidden
@@ -139,10 +139,14 @@ def test_a_parameter_without_axes(refused, described):
         ("{hidden: mlp}", "{hidden: qk per heads}", ["hidden", "heads"]),
         ("{hidden: mlp}", "[hidden]", ["mine.yaml", "axes"]),
         ("{hidden: mlp}", "", ["mine.yaml", "axes"]),
-        ("models: [somewhere.Net]", "models: somewhere.Net", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "model: [somewhere.Net]", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "models: [somewhere.Net]\nforwards: [mine]", ["forwards", "['mine']", "a module"]),
+        (f"models: [{__name__}.Net]", "models: somewhere.Net", ["mine.yaml", "models"]),
+        (f"models: [{__name__}.Net]", "", ["mine.yaml", "models"]),
+        (f"models: [{__name__}.Net]", f"model: [{__name__}.Net]", ["mine.yaml", "models"]),
+        (
+            f"models: [{__name__}.Net]",
+            f"models: [{__name__}.Net]\nforwards: [mine]",
+            ["forwards", "['mine']", "a module"],
+        ),
         ("{hidden: mlp}", "{hidden: mlp", ["mine.yaml", "not YAML"]),
     ],
 )
