@@ -112,6 +112,10 @@ def save_detector(
         names = files_of(read_json(Path(dense.model) / "config.json"))
         files = {f"backbone/{name}": (Path(dense.model) / name).read_bytes() for name in names}
         dense.model = f"{_HERE}/backbone"
+    if (family := own_family(searchable(detector.get_submodule("backbone"))[1])) is not None:
+        files[SPACE] = family.text.encode()
+        if plan is not None:
+            own.model.backbone.space = f"{_HERE}/{SPACE}"
     weights, other = (PACKED, WEIGHTS) if structures else (WEIGHTS, PACKED)
     own.load_from = f"{_HERE}/{weights}"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in detector.state_dict().items()}
@@ -120,10 +124,6 @@ def save_detector(
     files |= {CONFIG: own.dump().encode(), weights: data}
     if plan is not None:
         files[PLAN] = dump_json(plan.to_json()).encode()
-    if (family := own_family(searchable(detector.get_submodule("backbone"))[1])) is not None:
-        files[SPACE] = family.text.encode()
-        if plan is not None:
-            own.model.backbone.space = f"{_HERE}/{SPACE}"
     with ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)
