@@ -1,5 +1,6 @@
 """One suite for every search space: what must hold for any backbone and any plan."""
 
+import copy
 import re
 from functools import cache
 
@@ -70,8 +71,9 @@ def count(model: nn.Module) -> int:
 
 def real_macs(model: nn.Module, images: torch.Tensor) -> int:
     """PyTorch's own counter on a real forward; the math backend shows attention as its two products."""
+    still = copy.deepcopy(model).requires_grad_(False)  # the counter takes no view of a parameter that learns
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run(model, images)
+        run(still, images)
     return counter.get_total_flops() // 2
 
 

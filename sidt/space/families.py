@@ -26,6 +26,11 @@ class Line:
     pattern: re.Pattern[str]
     alternatives: tuple[ParsedLine, ...]
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the first alternative that fits is meant, and not the only one."""
+        return "||" in self.text
+
 
 @dataclass(frozen=True)
 class AxisRule:

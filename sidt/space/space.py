@@ -108,8 +108,16 @@ class DimensionSpace:
         return replace(self, dimensions={**self.dimensions, **changed})
 
     def blocks(self) -> list[tuple[int, ...]]:
-        """The indices of the blocks, in order of depth."""
-        return sorted({d.index for d in self.dimensions.values() if d.kind != "width"})
+        """The indices of the blocks, in order of depth; last and without one, what stands in none (a pooling)."""
+        return sorted({d.index for d in self.dimensions.values() if d.kind != "width"}, key=lambda i: (not i, i))
+
+    def in_block(self, block: tuple[int, ...]) -> list[Dimension]:
+        """The dimensions of a block: its own, and the widths that it shares with others."""
+        return [
+            d
+            for d in self.dimensions.values()
+            if d.index == block or (d.kind == "width" and d.index == block[: len(d.index)])
+        ]
 
 
 # --- binding it to a model -------------------------------------------------------------------------
@@ -270,12 +278,12 @@ def space_for(
         name: [binder.bind(a, tuple(tensors[name][0].shape), indices[name], name) for a in line.alternatives]
         for name, (line, _) in matches.items()
     }
-    attributes = {
-        path: binder.bind(line.alternatives[0], (1,), variables, path)[0]
+    repeated = {
+        path: [binder.bind(a, (1,), variables, path)[0] for a in line.alternatives]
         for line in family.attributes
         for path, variables in _attribute_paths(line, list(indices.values()), model)
     }
-    equations = [(axis, get_attribute(model, path)) for path, axis in attributes.items()]
+    equations = [(axes_[0], get_attribute(model, path)) for path, axes_ in repeated.items() if len(axes_) == 1]
     for name, alternatives in bound.items():
         if len(alternatives) == 1:
             equations += zip(alternatives[0], tensors[name][0].shape, strict=True)
@@ -286,12 +294,17 @@ def space_for(
         if name in matches:
             shape = tuple(tensor.shape)
             fitting = [alternative for alternative in bound[name] if _fits(alternative, shape, sizes)]
-            if not fitting or (len(fitting) > 1 and 0 not in shape):  # of nothing, every alternative is the same
+            several = len(fitting) > 1 and not matches[name][0].in_order
+            if not fitting or (several and 0 not in shape):  # of nothing, every alternative is the same
                 raise InputError(
                     f"{family.file.name}: {name} of {type(model).__name__} has shape {list(shape)}, which "
                     f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
                 )
             places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
+    attributes = {
+        path: next((a for a in axes_ if _fits((a,), (get_attribute(model, path),), sizes)), axes_[-1])
+        for path, axes_ in repeated.items()
+    }
     dimensions = _dimensions(binder, places, sizes, getattr(model, "sidt_rotated", ()))
     _check_heads(dimensions, family.file)
     attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}

@@ -19,6 +19,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers.attention import Attention as VitAttention
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.pvt_v2 import Attention as PvtV2Attention
 from timm.models.pvt_v2 import MlpWithDepthwiseConv as PvtV2Mlp
 from timm.models.swin_transformer import WindowAttention as SwinAttention
@@ -167,6 +168,27 @@ class SlicedPvtV2Attention(PvtV2Attention):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
+class SlicedLatentPool(AttentionPoolLatent):
+    """timm's pooling by the attention of learned queries, as of SigLIP, for any head count, q/k size and v size."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, pooled], or [B, queries, pooled] if they are not pooled."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        latent = self.latent.expand(x.shape[0], -1, -1)
+        if self.num_heads:
+            q = self.q_norm(_heads(self.q(latent), self.num_heads))
+            kv = self.kv(x)
+            k, v = torch.split(kv, [kv.shape[-1] - self.proj.in_features, self.proj.in_features], dim=-1)
+            k = self.k_norm(_heads(k, self.num_heads))
+            latent = attend(q, k, _heads(v, self.num_heads), self.scale, attn_mask).transpose(1, 2).flatten(2)
+        else:
+            latent = latent[..., :0]
+        x = self.proj_drop(self.proj(latent))
+        x = x + self.mlp(self.norm(x))
+        return x[:, 0] if self.pool == "token" else x.mean(1) if self.pool == "avg" else x
+
+
 class EmptyPvtV2Mlp(PvtV2Mlp):
     """timm's PVT v2 MLP without hidden units: its depthwise convolution would have no group."""
 
@@ -189,6 +211,11 @@ def _fills_the_width_at_scale(module: Any, heads: int, qk: int, v: int) -> bool:
     return fills_the_width(module, heads, qk, v) and _scale_is_of(module, heads, qk, v)
 
 
+def _fills_what_it_reads(module: Any, heads: int, qk: int, v: int) -> bool:
+    """Takes heads that together have the width of the tokens, and their size the scale."""
+    return bool(heads * v == module.kv.in_features) and _scale_is_of(module, heads, qk, v)
+
+
 FORWARDS: dict[type[nn.Module], Forward] = {
     VitAttention: Forward(SlicedVitAttention, _scale_is_of),
     SwinAttention: Forward(SlicedSwinAttention, _scale_is_of),
@@ -196,6 +223,7 @@ FORWARDS: dict[type[nn.Module], Forward] = {
         SlicedSwinV2Attention, fills_the_width, bilinear=False
     ),  # cosine attention: its scale is learned
     PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
+    AttentionPoolLatent: Forward(SlicedLatentPool, _fills_what_it_reads),
 }
 
 # Sublayers that need another class when no unit is left, beside that of FORWARDS.

@@ -174,6 +174,15 @@ def test_alternatives_of_which_none_or_both_fit(refused, described):
         described(GOOD.replace("_, hidden", "_, hidden | hidden, hidden | 4, hidden"))
 
 
+def test_alternatives_in_order(described):
+    """The first that fits, and one of a dimension that the model does not have does not."""
+    axes = GOOD.replace("{hidden: mlp}", "{hidden: mlp, wide: width}")
+    assert described(axes.replace("_, hidden", "_, wide || _, hidden")).places["fc2.weight"].axes[1] == (("hidden",),)
+    both = axes.replace("fc1.bias: hidden", "fc1.bias: wide").replace("_, hidden", "_, wide || _, hidden")
+    space = described(both + "attributes: {fc2.in_features: wide || hidden}")
+    assert space.places["fc2.weight"].axes[1] == (("wide",),) == space.attributes["fc2.in_features"]
+
+
 def test_units_chosen_per_head_need_their_head(refused, described):
     axes = "{heads: heads, unit: v per heads}"
     per = GOOD.replace("{hidden: mlp}", axes).replace("hidden", "heads unit") + "attributes: {fc1.heads: heads}"
