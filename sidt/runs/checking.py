@@ -45,7 +45,8 @@ def check_file(source: str, file: Path, input_size: InputSize | None = None) -> 
     for name in family.models:
         _import(name, file)
     space = space_for(model, input_size, file=file)
-    check_slices(model, space)
+    check_masked(model, half_of(space, INNER_KINDS))
+    check_counted(model, half_of(space, KINDS))
     unused = list(unused_lines(family, model))
     says = [f"lines that this model has nothing for: {', '.join(unused)}"] if unused else []
     checked = (
@@ -95,37 +96,47 @@ def half_of(space: DimensionSpace, kinds: tuple[Kind, ...], seed: int = 0) -> Di
 
 
 @torch.no_grad()
-def check_slices(model: nn.Module, space: DimensionSpace) -> None:
-    """Halve a model, and refuse what is not as it must be.
-
-    Without widths the sliced model must compute what the masked one does, since no statistics change. With them it
-    must run, and have the parameters and multiply-adds that the space says.
+def check_masked(model: nn.Module, plan: DimensionPlan) -> None:
+    """Refuse a plan of heads, qk, v and mlp of which the sliced model does not compute what the masked one does.
 
     Raises:
-        InputError: one of these does not hold, or a sublayer cannot take its sizes.
+        InputError: they differ, or a sublayer cannot take its sizes.
     """
-    size = space.trace.input_size
-    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
-    inner, whole = half_of(space, INNER_KINDS), half_of(space, KINDS)
-    sliced, masked = (_outputs(f(model, inner), image, space) for f in (slice_model, mask_model))
+    space, image = plan.space, _image(model, plan.space)
+    sliced, masked = (_outputs(f(model, plan), image, space) for f in (slice_model, mask_model))
     for a, b in zip(sliced, masked, strict=True):
         if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=_CLOSE * float(b.abs().max())):
-            gap = float((a - b).abs().max()) if a.shape == b.shape else f"{tuple(a.shape)} beside {tuple(b.shape)}"
-            raise InputError(
-                f"the search space {space.family} is wrong for {space.model}: of half the units, what is sliced and "
-                f"what is masked differ by {gap}; look at the lines whose products or order may be another, and at "
-                f"the attention's forward"
+            gap = (
+                f"{float((a - b).abs().max()):.2g}" if a.shape == b.shape else f"{list(a.shape)} beside {list(b.shape)}"
             )
-    small = slice_model(model, whole)
-    _outputs(small, image, space)
-    says, counted = report(space, whole.sizes), measure(small, size)
+            raise InputError(
+                f"the search space {space.family} is wrong for {space.model}: what is sliced and what is masked differ "
+                f"by {gap}; look at the lines whose products or order may be another, and at the attention's forward"
+            )
+
+
+@torch.no_grad()
+def check_counted(model: nn.Module, plan: DimensionPlan) -> None:
+    """Refuse a plan of which the sliced model does not run, or has other costs than the space says.
+
+    Raises:
+        InputError: parameters or multiply-adds are others, or a sublayer cannot take its sizes.
+    """
+    space, small = plan.space, slice_model(model, plan)
+    _outputs(small, _image(model, space), space)
+    says, counted = report(space, plan.sizes), measure(small, space.trace.input_size)
     for what in ("params", "macs"):
         predicted, seen = getattr(says, what), getattr(counted, what)
         if predicted != seen:
             raise InputError(
-                f"the search space {space.family} says {predicted:,} {what} of half of {space.model}, and counted are "
-                f"{seen:,}"
+                f"the search space {space.family} says {predicted:,} {what} of a slice of {space.model}, and counted "
+                f"are {seen:,}"
             )
+
+
+def _image(model: nn.Module, space: DimensionSpace) -> Tensor:
+    image = torch.randn(1, *space.trace.input_size, generator=torch.Generator().manual_seed(0))
+    return image.to(next(model.parameters()))
 
 
 def _outputs(model: nn.Module, image: Tensor, space: DimensionSpace) -> list[Tensor]:
@@ -133,8 +144,9 @@ def _outputs(model: nn.Module, image: Tensor, space: DimensionSpace) -> list[Ten
     try:
         out = model(image)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"half of {space.model} does not run by the search space {space.family}: {' '.join(str(error).split())}; "
+            f"a slice of {space.model} does not run by the search space {space.family}: {reason}; "
             f"an attention or another sublayer may need a forward of its own (CONTRIBUTING.md)"
         ) from None
     found = list(out.values()) if isinstance(out, Mapping) else [out] if isinstance(out, Tensor) else list(out)
