@@ -10,7 +10,6 @@ state at once, and the same command goes on from there; what ended the process i
 """
 
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -47,13 +46,9 @@ DEPTHS: tuple[Mapping[str, Any], ...] = (
 
 
 def attends(model: nn.Module) -> bool:
-    """Whether a module of a model is an attention with heads, and not only the pooling of its head."""
-    found = (
-        name
-        for name, m in model.named_modules()
-        if isinstance(getattr(m, "num_heads", None), int) and re.search("att|heads", type(m).__name__, re.I)
-    )
-    return any(not name.startswith(("attn_pool", "head")) for name in found)
+    """Whether a module of a model has heads, beside the pooling before its classifier."""
+    having = (name for name, m in model.named_modules() if isinstance(getattr(m, "num_heads", None), int))
+    return any(name and not name.startswith(("attn_pool", "head")) for name in having)
 
 
 def small_arguments(name: str) -> dict[str, Any]:

@@ -190,8 +190,8 @@ class SlicedEvaAttention(EvaAttention):
             bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])  # type: ignore[list-item]
             q, k, v = split_qkv(F.linear(x, self.qkv.weight, bias), self.num_heads, self.proj.in_features)
         else:
-            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)  # type: ignore[misc]
-            v = _heads(self.v_proj(x), self.num_heads)  # type: ignore[misc]
+            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
+            v = _heads(self.v_proj(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
@@ -215,8 +215,8 @@ class SlicedRopeAttention(AttentionRope):
         if self.qkv is not None:
             q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         else:
-            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)  # type: ignore[misc]
-            v = _heads(self.v_proj(x), self.num_heads)  # type: ignore[misc]
+            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
+            v = _heads(self.v_proj(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
