@@ -318,7 +318,7 @@ def space_for(
         attention,
         family.forwards,
         cost,
-        {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"}
+        {d.name: stream_of(d.name, axes_of, cost, family) for d in dimensions.values() if d.kind == "width"}
         | _pooled_by_maximum(model, places),
         tied=tuple(name for name in dimensions if name.split(".")[0] in family.tied),
         own=family if family.text else None,

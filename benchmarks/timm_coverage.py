@@ -1,6 +1,6 @@
 """Which of timm's transformers work from end to end, and where the others stop.
 
-    python benchmarks/coverage.py [--classes VisionTransformer,Swin] [--state runs/coverage.jsonl]
+    python benchmarks/timm_coverage.py [--classes VisionTransformer,Swin] [--state runs/coverage.jsonl]
 
 Every architecture of timm that has attention is built small (two blocks, or two in each stage, and a small image,
 where its class takes them), with random weights. Then: its dimension space; a random plan of 60 % of the parameters
