@@ -80,8 +80,8 @@ def stream_of(
         if not (name in layers or is_bias or len(axes) > 2):
             return f"{owner} changes the stream itself"
         places[name] = at
-    writers = [n for n, at in places.items() if 0 in at and n in layers and n not in behind]
-    if (reason := _out_of_order(norms, writers, trace)) is not None:
+    last = [n for n, at in places.items() if 0 in at and n in layers and n not in behind]
+    if (reason := _out_of_order(norms, last, trace)) is not None:
         return reason
     padded = frozenset(norm for norm in norms if instances(dict.fromkeys(family.padded, ()), norm) is not None)
     return Stream(norms, scales, padded, places)
