@@ -128,7 +128,12 @@ def test_a_file_of_timms_is_checked(mine, sidt_command):
     assert code == 0, err
     assert "mine.yaml fits VisionTransformer" in out
     assert "parameters dist_token" in out and "parameters cls_token" not in out
-    assert "attributes" not in out and "norms blocks.{i}.norm1" not in out and "norms blocks.{i}.mlp.fc1_g" in out
+    assert "attributes attn_pool.num_heads" in out and "attributes blocks" not in out
+    assert (
+        "attributes embed_dim" not in out
+        and "norms blocks.{i}.norm1" not in out
+        and "norms blocks.{i}.mlp.fc1_g" in out
+    )
 
 
 @pytest.mark.parametrize(
