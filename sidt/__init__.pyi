@@ -24,6 +24,7 @@ from .importance import learn_gates as learn_gates
 from .space import DimensionPlan as DimensionPlan
 from .space import load_plan as load_plan
 from .space import space_for as space_for
+from .space import use_spaces as use_spaces
 from .surgery import align as align
 from .surgery import compensate as compensate
 from .surgery import measure_moments as measure_moments

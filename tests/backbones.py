@@ -105,10 +105,11 @@ def sublayers(space: DimensionSpace, which: str) -> set[str]:
 
     The blocks are at both ends or, in a model with shifted windows, one that shifts them.
     """
-    blocks = space.blocks()
+    blocks = [block for block in space.blocks() if block]
     middle = blocks[len(blocks) // 3]  # of 6 blocks in stages of 1, 2, 2 and 1 the second of stage 1
     heads, hidden = (blocks[0], blocks[-1]) if which == "apart" else (middle, middle)
     wanted = {".".join(["heads", *map(str, heads)]), ".".join(["hidden", *map(str, hidden)])}
+    wanted |= {"pool_hidden"} & set(space.dimensions)  # without its heads, nothing would see the image
     return {name for name in wanted if not space.dimensions[name].fixed}
 
 
@@ -130,6 +131,15 @@ TIMM_BACKBONES = (
     Backbone("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "embed_norm_layer": LayerNorm}, label="avg"),
     Backbone("beit3_base_patch16_224", VIT | SMALL),  # norms inside attention and MLP
     Backbone("aimv2_large_patch14_224", DINO | SMALL),  # RmsNorm, no biases
+    Backbone("vit_base_patch16_siglip_224", VIT | SMALL),  # pooled by attention
+    Backbone("vit_so150m_patch16_reg4_map_256", VIT | SMALL),  # the same, after register tokens
+    Backbone("eva_giant_patch14_224", DINO | SMALL | {"mlp_ratio": 4}),
+    Backbone("eva02_tiny_patch14_224", DINO),  # rotary positions, packed SwiGLU
+    Backbone("eva02_base_patch14_224", DINO | SMALL),  # q, k and v apart, a norm inside the MLP
+    Backbone("vit_small_patch16_dinov3_qkvb", VIT),  # rotary halves
+    Backbone("vit_huge_plus_patch16_dinov3", VIT | SMALL),  # SwiGLU of two layers
+    Backbone("vit_small_patch16_rope_224", VIT),  # another class of attention
+    Backbone("vit_pe_core_tiny_patch16_384", VIT),  # pooled by attention
     Backbone("swin_tiny_patch4_window7_224", {"depths": (1, 2, 2, 1), "img_size": 112, "embed_dim": 48}),
     Backbone("swinv2_tiny_window8_256", {"depths": (1, 2, 2, 1), "img_size": 128, "embed_dim": 48}),
     Backbone("pvt_v2_b0", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),

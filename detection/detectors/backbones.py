@@ -163,6 +163,8 @@ def _weighted(model: str, args: Mapping[str, Any], pretrained: bool, checkpoint:
     saved = load(model)  # checks the whole folder
     config = read_json(Path(model) / "config.json")
     made = _any_size(config["model"], config["args"] | args)
+    if (family := getattr(saved, "sidt_family", None)) is not None:
+        made.sidt_family = family
     plan: DimensionPlan | None = getattr(saved, "sidt_plan", None)
     if plan is not None:
         made = slice_model(made, plan)
@@ -226,13 +228,14 @@ def _keep_channels(norm: nn.LayerNorm, kept: Tensor) -> None:
 
 
 @MODELS.register_module(name="SlicedBackbone")
-def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
+def sliced_backbone(dense: Mapping[str, Any], plan: str, space: str | None = None) -> nn.Module:
     """The architecture that a plan leaves of a backbone, for a detector's config: its checkpoint brings the weights.
 
     Args:
         dense: the config of the dense backbone. Where its weights would come from (``init_cfg``, ``pretrained``,
             ``checkpoint``) is ignored.
         plan: path of the plan for the backbone's searchable module.
+        space: path of its search space, where that does not come with SiDT.
 
     Returns:
         The sliced backbone itself, of the class that ``dense`` names.
@@ -245,7 +248,7 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str) -> nn.Module:
     # MMDetection's own backbones do not say their image size; any would do, as the cost is not asked for, if they
     # had no position embeddings.
     own = (dense.get("in_channels", 3), *to_2tuple(dense.get("pretrain_img_size", 224)))
-    kept = load_plan(plan, space_for(module, None if prefix else own))
+    kept = load_plan(plan, space_for(module, None if prefix else own, file=space))
     if not all(kept.sizes.values()) and not backbone.is_init:
         backbone.init_weights()  # before, as MMDetection's PVT divides by the channels of each convolution
         return slice_backbone(backbone, kept)

@@ -2,7 +2,7 @@
 
 ``config.py`` is a normal MMDetection config that finds the other two beside itself, so MMDetection's own tools take
 the folder as it is, wherever it lies. Where weights have a structure, ``packed.safetensors`` takes the place of
-``model.safetensors``.
+``model.safetensors``. A backbone whose search space does not come with SiDT brings the file, as ``space.yaml``.
 """
 
 import hashlib
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from sidt.detection.detectors.backbones import map_dimensions, searchable
 from sidt.detection.detectors.configs import build_detector, first_neck, read_config, without_weights
 from sidt.errors import InputError
-from sidt.export.checkpoint import PACKED
+from sidt.export.checkpoint import PACKED, SPACE, files_of
 from sidt.export.weights import fit_weights, read_weights
-from sidt.files import dump_json, replacing
+from sidt.files import dump_json, read_json, replacing
+from sidt.space.families import read_family
+from sidt.space.finding import own_family
 from sidt.space.plan import DimensionPlan
 from sidt.sparsity.packing import packed, read_packed
 from sidt.sparsity.structures import Structure
@@ -107,8 +109,13 @@ def save_detector(
     dense = own.model.backbone.dense if plan is not None else own.model.backbone
     files: dict[str, bytes] = {}
     if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
-        files = {f"backbone/{n}": (Path(dense.model) / n).read_bytes() for n in ("config.json", PLAN, WEIGHTS)}
+        names = files_of(read_json(Path(dense.model) / "config.json"))
+        files = {f"backbone/{name}": (Path(dense.model) / name).read_bytes() for name in names}
         dense.model = f"{_HERE}/backbone"
+    if (family := own_family(searchable(detector.get_submodule("backbone"))[1])) is not None:
+        files[SPACE] = family.text.encode()
+        if plan is not None:
+            own.model.backbone.space = f"{_HERE}/{SPACE}"
     weights, other = (PACKED, WEIGHTS) if structures else (WEIGHTS, PACKED)
     own.load_from = f"{_HERE}/{weights}"
     state = {k: v.detach().cpu().contiguous().clone() for k, v in detector.state_dict().items()}
@@ -121,8 +128,8 @@ def save_detector(
         for name, content in files.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)
     (folder / other).unlink(missing_ok=True)  # of an earlier detector
-    if plan is None:
-        (folder / PLAN).unlink(missing_ok=True)
+    for name in {PLAN, SPACE} - set(files):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _slice_config(config: Config, plan: DimensionPlan, maps: Sequence[str]) -> None:
@@ -148,7 +155,10 @@ def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
     config = read_config(folder / CONFIG)
     detector = build_detector(config)
     load_weights(detector, weights_in(folder))
-    plan = getattr(searchable(detector.get_submodule("backbone"))[1], "sidt_plan", None)
+    module: Any = searchable(detector.get_submodule("backbone"))[1]
+    if (folder / SPACE).is_file():
+        module.sidt_family = read_family(folder / SPACE)
+    plan = getattr(module, "sidt_plan", None)
     if plan is not None:
         detector.sidt_plan = plan
     if rotated := config.get(_ROTATED):

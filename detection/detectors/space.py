@@ -72,7 +72,7 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
         attributes=attributes,
         attention={heads: f"{prefix}{owner}" for heads, owner in inner.attention.items()},
         trace=cost,
-        streams=detector_streams(detector, module, prefix, axes_of, cost.positions, outside),
+        streams=detector_streams(detector, module, prefix, axes_of, cost, outside),
         counted=BACKBONE,
     )
 

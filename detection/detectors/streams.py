@@ -4,7 +4,7 @@ The way back is then in these layers, as it is in those behind any other norm. W
 one forward without data, and not told by its class.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from sidt.detection.detectors.backbones import TimmBackbone
 from sidt.space.axes import Axis
-from sidt.space.families import family_of
+from sidt.space.finding import family_of
 from sidt.space.streams import Stream, stream_of
-from sidt.space.trace import InputSize, meta_copy
+from sidt.space.trace import InputSize, Trace, meta_copy
 from sidt.surgery.moments import LAYERS, argument, in_one_group
 
 _NOTHING = ("_",)  # as the files of the families say that nothing in the backbone reads a norm
@@ -27,7 +27,7 @@ def detector_streams(
     module: nn.Module,
     prefix: str,
     tensors: Mapping[str, tuple[Axis, ...]],
-    layers: Collection[str],
+    trace: Trace,
     outside: Mapping[str, tuple[str, ...] | str],
 ) -> dict[str, Stream | str]:
     """For some widths of a detector's backbone, how they can be rotated, or why they cannot.
@@ -37,14 +37,14 @@ def detector_streams(
         module: the part of its backbone that has the dimension space.
         prefix: what the names in that part begin with.
         tensors: the axes of the detector's tensors by name.
-        layers: the tensors that are weights of linear layers or convolutions.
+        trace: of the detector.
         outside: for each width, the weights of the neck that read it, or why it cannot be rotated.
     """
     family = family_of(module).within(prefix)
     if isinstance(detector.backbone, TimmBackbone):
         family = replace(family, norms={**family.norms, "backbone.norms.{i}": _NOTHING})
     return {
-        width: read if isinstance(read, str) else stream_of(width, tensors, layers, family, read)
+        width: read if isinstance(read, str) else stream_of(width, tensors, trace, family, read)
         for width, read in outside.items()
     }
 

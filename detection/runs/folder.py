@@ -15,6 +15,7 @@ from sidt.detection.runs.settings import Settings
 from sidt.errors import InputError
 from sidt.runs.config import parse
 from sidt.runs.provenance import Chain, Step
+from sidt.space.finding import use_spaces
 from sidt.training.devices import resolve_device
 
 # Settings of a call that do not stay with the run: where and how long a step works is no part of what the run is.
@@ -88,6 +89,7 @@ def open_run(
     kept = {key: value for key, value in given.items() if key not in OF_A_CALL}
     checked, remembered = (parse(Settings, {**own, **new}, f"{path}, section sidt") for new in (given, kept))
     resolve_device(checked.device)
+    use_spaces(*checked.spaces)
     config.sidt = remembered.model_dump(mode="json")
     return DetectionRun(folder, config, checked, dict(options or {}), data_root)
 

@@ -1,5 +1,6 @@
 """What SiDT needs to know beside an MMDetection config: its section ``sidt``, checked before anything starts."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat
 from sidt.importance.placements import Placement
 from sidt.runs.config import BudgetConfig
 from sidt.space.families import INNER_KINDS, Kind
+from sidt.space.finding import search_path
 
 
 class TeacherSettings(BaseModel):
@@ -66,6 +68,8 @@ class Settings(BaseModel):
         teacher: how the dense detector teaches the sliced one in fine-tuning; None: it does not.
         device: where scores and trials run.
         seed: of the held-out images, the sampler and random scores.
+        spaces: search-space files of your own, or folders of them; default: those on the search path, which so stay
+            with the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,6 +94,7 @@ class Settings(BaseModel):
     teacher: TeacherSettings | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
+    spaces: tuple[Path, ...] = Field(default_factory=search_path)
 
     @property
     def searched(self) -> tuple[Kind, ...] | None:

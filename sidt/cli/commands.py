@@ -10,7 +10,7 @@ import click
 from sidt.cli.compress import compress
 from sidt.cli.detect import detect, detection, names_a_detector
 from sidt.cli.export import export
-from sidt.cli.options import DEVICE, OUT, SET, SOURCE, TRIALS, budgeted, image_size, together
+from sidt.cli.options import DEVICE, OUT, SET, SOURCE, SPACE, TRIALS, budgeted, everywhere, image_size, together
 from sidt.cli.partition import partition
 from sidt.cli.share import push
 from sidt.cli.shrink import shrink
@@ -163,14 +163,30 @@ def demo(**arguments: Any) -> None:
 
 @cli.command()
 @click.argument("model", required=False)
-def spaces(model: str | None) -> None:
-    """List the families of backbones, or print the dimensions of a timm MODEL."""
-    if model is None:
-        from sidt.report.tables import table
-        from sidt.space.families import families
+@click.option("--file", type=click.Path(path_type=Path), help="Check this search-space file on the MODEL.")
+@click.option("--input", "input_size", metavar="3x224x224", help="Image size of the check; default: the MODEL's own.")
+def spaces(model: str | None, file: Path | None, input_size: str | None) -> None:
+    """List the families of backbones, or print the dimensions of a timm MODEL.
 
-        rows = [[family.file.stem, name] for family in families() for name in family.models]
+    With --file, MODEL may also be module:function, whose function without arguments builds it.
+    """
+    if model is None:
+        if file is not None:
+            raise InputError(f"a search space is checked on a model: sidt spaces MODEL --file {file}")
+        from sidt.report.tables import table
+        from sidt.space.finding import families, own_families
+
+        rows = [
+            [f.file.stem if f in families() else str(f.file), n]
+            for f in [*own_families(), *families()]
+            for n in f.models
+        ]
         click.echo(table(["search space", "model class"], rows))
+        return
+    if file is not None:
+        from sidt.runs.checking import check_file
+
+        click.echo(check_file(model, file, image_size(input_size)))
         return
     from sidt.cost.complexity import shares
     from sidt.report.text import dimensions_table
@@ -220,6 +236,9 @@ def complexity(source: str, plan: Path | None, input_size: str | None, by: Any, 
         return
     dense, sliced = complexity_of(source, plan, size, by or "block")
     click.echo(complexity_text(dense, sliced, style))
+
+
+everywhere(cli, SPACE)
 
 
 def main() -> None:

@@ -20,6 +20,15 @@ def together(*options: Decorator) -> Decorator:
 SOURCE = click.argument("source", type=click.Path(path_type=Path), metavar="CONFIG|RUN")
 OUT = click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: runs/<name of the config>.")
 DEVICE = click.option("--device", help="auto, cpu, mps, cuda or cuda:N; of this call alone.")
+SPACE = click.option(
+    "--space",
+    multiple=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda _, __, files: _use_spaces(files),
+    metavar="FILE",
+    help="A search-space file of your own, or a folder of them. Repeatable.",
+)
 SET = click.option(
     "--set",
     "overrides",
@@ -43,6 +52,22 @@ _BOUNDS = together(
     click.option("--budget.macs", "budget_macs", metavar="X", help="Multiply-adds: a fraction or a number (2.5G)."),
     click.option("--budget.latency", "budget_latency", metavar="X", help="Time of one image here: a fraction or 20ms."),
 )
+
+
+def _use_spaces(files: tuple[str, ...]) -> None:
+    from sidt.space.finding import use_spaces
+
+    if files:
+        use_spaces(*files)
+
+
+def everywhere(group: click.Group, option: Decorator) -> None:
+    """Give an option to all commands of a group, and of the groups in it."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            everywhere(command, option)
+        else:
+            option(command)
 
 
 def budgeted(command: Any) -> Any:

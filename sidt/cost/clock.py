@@ -93,7 +93,10 @@ def _between(first: Any, second: Any) -> float:
 
 
 def time_layers(model: nn.Module, layers: Sequence[str], images: Tensor, forward: Forward) -> list[float]:
-    """Milliseconds of one forward, and of each of some modules in it; of a module that is called twice, both."""
+    """Milliseconds of one forward, and of each of some modules in it; of a module that is called twice, both.
+
+    Of a module that has another of them inside, what it takes beside that.
+    """
     marks: dict[str, list[Any]] = {name: [] for name in layers}
     with ExitStack() as stack:
         for name in layers:
@@ -107,5 +110,6 @@ def time_layers(model: nn.Module, layers: Sequence[str], images: Tensor, forward
         end = _mark(images.device)
     if images.device.type != "cpu":
         torch.accelerator.synchronize()
-    inside = [sum(map(_between, marks[n][::2], marks[n][1::2])) for n in layers]
-    return [_between(begin, end), *inside]
+    taken = {n: sum(map(_between, marks[n][::2], marks[n][1::2])) for n in layers}
+    inside = {n: sum(t for inner, t in taken.items() if inner.startswith(f"{n}.")) for n in layers}
+    return [_between(begin, end), *(taken[n] - inside[n] for n in layers)]

@@ -1,6 +1,7 @@
 """Checkpoints: a folder of ``config.json``, ``plan.json`` and ``model.safetensors``. No pickle, no class of ours.
 
-``config.json`` names the dense model for ``timm.create_model``; the plan says which of its units are left.
+``config.json`` names the dense model for ``timm.create_model``; the plan says which of its units are left. A model
+whose search space does not come with SiDT takes the file along, as ``space.yaml``: data, that at most name modules.
 """
 
 import json
@@ -18,8 +19,9 @@ from sidt.export.comparison import difference_between
 from sidt.export.hub import download, repository_in
 from sidt.export.models import create_model, name_of, own_args
 from sidt.export.weights import difference_of, fit_weights, load_weights
-from sidt.files import dump_json, read_json, replacing
-from sidt.space.families import wrapped_in
+from sidt.files import dump_json, read_json, replacing, write_text
+from sidt.space.families import Family, read_family
+from sidt.space.finding import own_family, wrapped_in
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import space_for
 from sidt.sparsity.packing import packed, read_packed
@@ -29,6 +31,7 @@ from sidt.surgery.slicing import slice_model
 _FORMAT = "sidt-checkpoint-1"
 FILES = ("config.json", "plan.json", "model.safetensors")
 PACKED = "packed.safetensors"  # in place of the last, where weights have a structure
+SPACE = "space.yaml"  # where the model's search space does not come with SiDT
 
 
 def save(
@@ -68,7 +71,7 @@ def save(
     args = as_json(own_args(model) if args is None else args)
     state = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
     rotated = tuple(getattr(model, "sidt_rotated", ()))  # the widths whose units stand in order
-    rebuilt, plan = _rebuilt(name, args, rotated, getattr(model, "sidt_plan", None))
+    rebuilt, plan = _rebuilt(name, args, rotated, getattr(model, "sidt_plan", None), own_family(model))
     difference = difference_of(rebuilt, state)
     if difference is None:
         weight = next(iter(state.values()))
@@ -100,7 +103,7 @@ def write(
     Args:
         folder: where to write; made if needed.
         config: model and args, and what else belongs there.
-        plan: what is kept of the model that these build.
+        plan: what is kept of the model that these build; its space brings the file, where it does not come with SiDT.
         state: the weights.
         structures: of some of them, which are then packed.
 
@@ -109,25 +112,31 @@ def write(
     """
     weights, other = (PACKED, FILES[2]) if structures else (FILES[2], PACKED)
     data = packed(state, structures) if structures else dump_tensors(dict(state), metadata={"format": "pt"})
+    if plan.space.own is not None:
+        write_text(folder / SPACE, plan.space.own.text)
     with (
         replacing(folder / "config.json") as config_file,
         replacing(folder / "plan.json") as plan_file,
         replacing(folder / weights) as weights_file,
     ):
-        config_file.write_text(dump_json({"format": _FORMAT, **config}), encoding="utf-8")
+        own = {"space": SPACE} if plan.space.own is not None else {}
+        config_file.write_text(dump_json({"format": _FORMAT, **config, **own}), encoding="utf-8")
         plan_file.write_text(dump_json(plan.to_json()), encoding="utf-8")
         weights_file.write_bytes(data)
-    (folder / other).unlink(missing_ok=True)  # of an earlier model
+    for earlier in (other, *((SPACE,) if plan.space.own is None else ())):
+        (folder / earlier).unlink(missing_ok=True)  # of an earlier model
 
 
 def _rebuilt(
-    name: str, args: Mapping[str, Any], rotated: tuple[str, ...], plan: DimensionPlan | None
+    name: str, args: Mapping[str, Any], rotated: tuple[str, ...], plan: DimensionPlan | None, family: Family | None
 ) -> tuple[nn.Module, DimensionPlan]:
     """The model of a name, sliced by what a plan keeps where the dimensions are the same, and the plan on it.
 
     The plan may be on a model of another head or image size, since neither is a dimension.
     """
     dense = create_model(name, args)
+    if family is not None:
+        dense.sidt_family = family  # type: ignore[assignment]
     if rotated:
         dense.sidt_rotated = rotated  # type: ignore[assignment]
     space = space_for(dense)
@@ -194,11 +203,18 @@ def _built(folder: Path) -> nn.Module:
     """The model of a checkpoint folder, sliced, with weights as timm draws them."""
     config = _read_config(folder, str(folder / "config.json"))
     model = create_model(str(config.get("model")), config["args"])
+    if config.get("space") is not None:
+        model.sidt_family = read_family(folder / SPACE)  # type: ignore[assignment]
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
     model.pretrained_cfg = {**(model.pretrained_cfg or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))
     return model if plan.sizes == plan.space.sizes else slice_model(model, plan)
+
+
+def files_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files of a checkpoint whose weights are not packed, given its config."""
+    return FILES if config.get("space") is None else (*FILES, SPACE)
 
 
 def _tuples(values: Any) -> dict[str, Any]:
@@ -219,5 +235,5 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
 def _download(repository: str, revision: str | None) -> Path:
     """The folder of a checkpoint of the hub; what is none is refused before its weights come."""
     folder = download(repository, revision, FILES[:1], "SiDT checkpoint")
-    _read_config(folder, f"config.json of {repository} on the hub")
-    return download(repository, folder.name, FILES, "SiDT checkpoint")
+    config = _read_config(folder, f"config.json of {repository} on the hub")
+    return download(repository, folder.name, files_of(config), "SiDT checkpoint")

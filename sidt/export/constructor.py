@@ -43,12 +43,14 @@ def to_timm(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         raise InputError(f"this {type(model).__name__} is no model of timm's")
     args = own_args(model)
     if plan is not None and plan.sizes != space.sizes:
-        sizes_of = _CONSTRUCTORS.get(space.family)
+        sizes_of = None if space.own is not None else _CONSTRUCTORS.get(space.family)
         if sizes_of is None:
             known = ", ".join(_CONSTRUCTORS)
             raise InputError(f"what timm's {space.model} takes is not known here; it is of {known}; sidt.save keeps it")
         args |= sizes_of(space, plan.sizes)
     rebuilt = create_model(name, as_json(args)).eval()
+    if space.own is not None:
+        rebuilt.sidt_family = space.own  # type: ignore[assignment]
     reference = next(model.parameters())
     rebuilt.to(reference.device, reference.dtype)
     state = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}

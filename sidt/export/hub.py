@@ -148,7 +148,7 @@ def one_line(repository: str, what: str) -> Iterator[None]:
     except RevisionNotFoundError:
         raise InputError(f"{repository} has no such revision on the hub; leave it out for the main branch") from None
     except EntryNotFoundError as error:
-        missing = re.search(r"[\w-]+\.(json|safetensors)", str(error).rpartition("/resolve/")[2])
+        missing = re.search(r"[\w-]+\.(json|safetensors|yaml)", str(error).rpartition("/resolve/")[2])
         file = missing[0] if missing else "some of the files"
         raise InputError(f"{repository} on the hub is no {what}: it has no {file}") from None
     except RepositoryNotFoundError:

@@ -134,6 +134,8 @@ def workload_of(model: nn.Module, space: DimensionSpace, images: int = 1) -> Wor
         for d in space.dimensions.values()
         if d.kind in ("heads", "mlp") and d.size
     }
+    # What has another sublayer inside, as a pooling with an MLP, is no sum over its units, and stays in one piece.
+    owners = {n: o for n, o in owners.items() if not any(inner.startswith(f"{o}.") for inner in owners.values())}
     streams = _inputs(model, list(owners.values()), (images, *space.trace.input_size))
     terms = cost_terms(space)
     order = {name: place for place, name in enumerate(dict(model.named_modules()))}

@@ -116,8 +116,8 @@ def kept(plan: DimensionPlan) -> Part:
     widths = [_size(plan, d.name, d.name) for d in dimensions.values() if d.kind == "width"]
     blocks = []
     for block in space.blocks():
-        own = [d for d in dimensions.values() if d.kind != "width" and d.index == block[: len(d.index)]]
-        blocks.append((".".join(map(str, block)), [_size(plan, d.name, _KINDS[d.kind]) for d in own]))
+        own = [d for d in space.in_block(block) if d.kind != "width"]
+        blocks.append((".".join(map(str, block)) or "pool", [_size(plan, d.name, _KINDS[d.kind]) for d in own]))
     says = "Filled squares are the heads that stay; a bar is the part of the dense size that is left."
     return {"kind": "kept", "caption": says, "widths": widths, "blocks": blocks}
 

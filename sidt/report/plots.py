@@ -24,23 +24,24 @@ def plot_kept(plan: DimensionPlan, path: Path) -> None:
     figure = Figure(figsize=(1.6 + 0.62 * max(len(blocks), 6), 1.2 + 0.55 * len(kinds)), layout="constrained")
     axes = figure.subplots()
     grid = np.full((len(kinds), len(blocks)), np.nan)
-    for dimension in space.dimensions.values():
-        columns = [i for i, b in enumerate(blocks) if b[: len(dimension.index)] == dimension.index]
-        for column in columns:
-            row = kinds.index(dimension.kind)
-            size = sizes[dimension.name] if dimension.per is None or sizes[dimension.per] else 0
-            grid[row, column] = size / max(dimension.size, 1)
+    for column, block in enumerate(blocks):
+        for row, kind in enumerate(kinds):
+            here = [d for d in space.in_block(block) if d.kind == kind]
+            if not here:
+                continue
+            kept = [sizes[d.name] if d.per is None or sizes[d.per] else 0 for d in here]
+            grid[row, column] = sum(kept) / max(sum(d.size for d in here), 1)
             axes.text(
                 column,
                 row,
-                str(size),
+                "\n".join(map(str, kept)),
                 ha="center",
                 va="center",
                 fontsize=8,
                 color="black" if grid[row, column] > 0.45 else "white",
             )
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(blocks)), [".".join(map(str, b)) for b in blocks])
+    axes.set_xticks(range(len(blocks)), [".".join(map(str, b)) or "pool" for b in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block")
     axes.set_title("units kept (q/k and v: per head)")

@@ -9,7 +9,7 @@ from torch import nn
 from sidt.cost.complexity import ComplexityReport, report
 from sidt.data.preparation import preparation_of
 from sidt.errors import InputError
-from sidt.export.checkpoint import FILES, load
+from sidt.export.checkpoint import files_of, load
 from sidt.export.hub import check_name, upload
 from sidt.export.models import name_of
 from sidt.files import read_json
@@ -56,10 +56,11 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         if not (own / "config.json").is_file():
             raise InputError(f"{folder} has no sliced model yet; run `sidt slice {folder}` first")
     model = load(own)  # what does not load does not leave
-    files: dict[str, Path | bytes] = {name: own / name for name in FILES}
+    says = read_json(own / "config.json")
+    files: dict[str, Path | bytes] = {name: own / name for name in files_of(says)}
     pictures = [name for name in _PICTURES if config is not None and (folder / name).is_file()]
     files |= {name: folder / name for name in pictures}
-    by_timm = "architecture" in read_json(own / "config.json")
+    by_timm = "architecture" in says
     files["README.md"] = card(model, repository, folder, config, pictures, by_timm=by_timm).encode()
     address = upload(repository, files, private=private, message="A model made smaller by SiDT")
     which = "checkpoint" if config is None else "fine-tuned model" if own == folder else "sliced model"

@@ -14,6 +14,7 @@ from sidt.data.preparation import DataConfig
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
 from sidt.space.families import Kind
+from sidt.space.finding import search_path, use_spaces
 from sidt.sparsity.lines import NormConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
@@ -132,6 +133,8 @@ class RunConfig(_Strict):
         teacher: how the dense model teaches it meanwhile; None: it does not.
         device: where all of it runs, unless a training says otherwise.
         seed: of the search and of random scores.
+        spaces: search-space files of your own, or folders of them; default: those on the search path, which so stay
+            with the run.
     """
 
     model: ModelConfig
@@ -146,6 +149,7 @@ class RunConfig(_Strict):
     teacher: TeacherConfig | None = None
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
+    spaces: tuple[Path, ...] = Field(default_factory=search_path)
 
     @model_validator(mode="after")
     def _one_base(self) -> "RunConfig":
@@ -157,7 +161,7 @@ class RunConfig(_Strict):
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a config.
+    """Read and check a config. The search spaces that it names are searched from now on.
 
     Args:
         path: a YAML file.
@@ -169,7 +173,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_yaml(path, RunConfig)
     for text in overrides:
         override(tree, text)
-    return parse(RunConfig, tree, str(path))
+    config = parse(RunConfig, tree, str(path))
+    use_spaces(*config.spaces)
+    return config
 
 
 def read_yaml(path: Path, kind: type[BaseModel]) -> dict[str, Any]:

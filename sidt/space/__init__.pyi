@@ -1,7 +1,8 @@
 from .families import INNER_KINDS as INNER_KINDS
 from .families import KINDS as KINDS
 from .families import Kind as Kind
-from .families import families as families
+from .finding import families as families
+from .finding import use_spaces as use_spaces
 from .plan import DimensionPlan as DimensionPlan
 from .plan import load_plan as load_plan
 from .space import Dimension as Dimension

@@ -12,6 +12,8 @@ A line gives one expression for each axis of a tensor, separated by commas::
 - ``name?`` is a factor of 1 while the name has units and of 0 when it has none: ``heads? embed`` is ``embed`` as
   long as there is a head, and nothing after that.
 - ``|`` separates whole alternatives; the one whose sizes fit the tensor is taken.
+- ``||`` separates them in order; the first whose dimensions the model has, and whose sizes fit, is taken: a head reads
+  ``pooled || embed``, what a pooling gives if there is one that has a width of its own.
 - ``embed.{s-1}`` is the instance of ``embed`` with that index; ``{-1}`` is the last one. A bare name takes
   the indices of the line it stands in. What would stand before the first (``{s-1}`` where s is 0) is what the
   model is given, and has the size that the tensor has, as ``_``.
@@ -86,7 +88,7 @@ def parse_line(line: str) -> tuple[ParsedLine, ...]:
         InputError: the line is not in the notation.
     """
     alternatives = []
-    for alternative in line.split("|"):
+    for alternative in re.split(r"\|{1,2}", line):
         axes = []
         for axis in alternative.split(","):
             terms = tuple(tuple(_parse_factor(t, line) for t in term.split()) for term in _PLUS.split(axis))

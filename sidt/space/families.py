@@ -3,19 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import ParsedLine
-
-if TYPE_CHECKING:  # the files can be listed without it
-    from torch import nn
 
 Kind = Literal["width", "heads", "qk", "v", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,6 +25,11 @@ class Line:
     text: str
     pattern: re.Pattern[str]
     alternatives: tuple[ParsedLine, ...]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the first alternative that fits is meant, and not the only one."""
+        return "||" in self.text
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Family:
         scales: templates of the scales on a width, each with that of the one layer whose output it scales.
         padded: templates of the norms between which and their readers zeros are put beside the tokens.
         tied: axes that the model's constructor makes of the heads and their size.
+        text: what is in the file, which checkpoints take along; empty of one that comes with SiDT.
     """
 
     file: Path
@@ -69,6 +70,7 @@ class Family:
     scales: Mapping[str, tuple[str, ...]]
     padded: tuple[str, ...]
     tied: tuple[str, ...] = ()
+    text: str = ""
 
     def within(self, prefix: str) -> "Family":
         """The same of a model inside another, where the names of its modules begin with a prefix."""
@@ -111,9 +113,12 @@ def read_family(file: Path) -> Family:
         InputError: it cannot be read, is not YAML, or does not have the expected sections.
     """
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read the search space {file}: it is no text in UTF-8") from None
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
     sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales", "padded", "tied"}
@@ -134,7 +139,8 @@ def read_family(file: Path) -> Family:
     norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
     parameters = _lines(tree["parameters"])
     padded, tied = (tuple(map(str, tree.get(section, ()))) for section in ("padded", "tied"))
-    return Family(file, tuple(tree["models"]), rules, parameters, attributes, forwards, norms, scales, padded, tied)
+    models = tuple(map(str, tree["models"]))
+    return Family(file, models, rules, parameters, attributes, forwards, norms, scales, padded, tied, text)
 
 
 def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -147,60 +153,6 @@ def instances(templates: Mapping[str, tuple[str, ...]], name: str) -> tuple[str,
         if match := _compile(template).fullmatch(name):
             return tuple(follower.format(**match.groupdict()) for follower in followers)
     return None
-
-
-@lru_cache
-def families() -> list[Family]:
-    """The families that come with SiDT, by file name."""
-    with resources.as_file(resources.files("sidt.search_spaces")) as folder:
-        return [read_family(file) for file in sorted(folder.glob("*.yaml"))]
-
-
-def wrapped_in(model: "nn.Module") -> str | None:
-    """The path of the model inside those that wrap one to train or compile it; ``None`` if it is not wrapped.
-
-    They are torch's DataParallel, DistributedDataParallel and FullyShardedDataParallel, what ``torch.compile`` gives,
-    and timm's moving averages.
-    """
-    path: list[str] = []
-    inner = model
-    while not _known_lineage(inner):
-        for name in ("_orig_mod", "module"):
-            if (found := inner._modules.get(name)) is not None:
-                path.append(name)
-                inner = found
-                break
-        else:
-            return None
-    return ".".join(path) or None
-
-
-def _known_lineage(model: "nn.Module") -> bool:
-    known = {name for family in families() for name in family.models}
-    return any(name in known for name in _lineage(model))
-
-
-def _lineage(model: "nn.Module") -> list[str]:
-    return [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
-
-
-def family_of(model: "nn.Module") -> Family:
-    """The family of a model's class, or of the nearest class that it inherits from.
-
-    Raises:
-        InputError: there is none.
-    """
-    lineage = _lineage(model)
-    known = {name: family for family in families() for name in family.models}
-    for name in lineage:
-        if name in known:
-            return known[name]
-    if (inner := wrapped_in(model)) is not None:
-        raise InputError(f"this {type(model).__name__} wraps a model; pass what is in it: model.{inner}")
-    raise InputError(
-        f"no search space for {lineage[0]}; write one into the folder search_spaces/ (CONTRIBUTING.md shows how), or "
-        f"use one of: {', '.join(sorted(known))}"
-    )
 
 
 def match_line(family: Family, lines: tuple[Line, ...], name: str) -> tuple[Line, re.Match[str]] | None:

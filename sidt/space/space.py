@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sidt.errors import InputError
 from sidt.space import axes
 from sidt.space.axes import Axis, Factor, ParsedLine
-from sidt.space.families import Family, Kind, Line, family_of, match_line, read_family
+from sidt.space.families import Family, Kind, Line, match_line
+from sidt.space.finding import family_of
 from sidt.space.streams import Stream, stream_of
 from sidt.space.trace import InputSize, Trace, trace
 
@@ -71,6 +72,7 @@ class DimensionSpace:
         streams: for each width, how it can be rotated, or why it cannot.
         counted: the start of the names of the places whose costs count; empty: all.
         tied: widths that the model's constructor makes of the heads and their size.
+        own: the family, if its file does not come with SiDT: what is sliced keeps it.
     """
 
     model: str
@@ -84,6 +86,7 @@ class DimensionSpace:
     streams: Mapping[str, Stream | str]
     counted: str = ""
     tied: tuple[str, ...] = ()
+    own: Family | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -105,8 +108,16 @@ class DimensionSpace:
         return replace(self, dimensions={**self.dimensions, **changed})
 
     def blocks(self) -> list[tuple[int, ...]]:
-        """The indices of the blocks, in order of depth."""
-        return sorted({d.index for d in self.dimensions.values() if d.kind != "width"})
+        """The indices of the blocks, in order of depth; last and without one, what stands in none (a pooling)."""
+        return sorted({d.index for d in self.dimensions.values() if d.kind != "width"}, key=lambda i: (not i, i))
+
+    def in_block(self, block: tuple[int, ...]) -> list[Dimension]:
+        """The dimensions of a block: its own, and the widths that it shares with others."""
+        return [
+            d
+            for d in self.dimensions.values()
+            if d.index == block or (d.kind == "width" and d.index == block[: len(d.index)])
+        ]
 
 
 # --- binding it to a model -------------------------------------------------------------------------
@@ -237,24 +248,28 @@ def space_for(
     Args:
         model: a backbone of a known family, dense or already sliced.
         input_size: channels, height, width of the images whose cost is counted; default: those it is for.
-        file: a search-space file of your own; default: the one that comes with SiDT for the model's class.
+        file: a search-space file of your own, or a folder of them; default: see :mod:`sidt.space.finding`.
 
     Raises:
         InputError: the model has no space, a parameter matches no line or several, or sizes do not fit.
     """
-    family = read_family(Path(file)) if file is not None else family_of(model)
+    family = family_of(model) if file is None else family_of(model, Path(file))
     binder = _Binder(family)
     tensors: dict[str, tuple[Tensor, bool]] = {name: (p, False) for name, p in model.named_parameters()}
     tensors |= {name: (b, True) for name, b in model.named_buffers()}
     matches = {}
+    missing = []
     for name, (_, is_buffer) in tensors.items():
         match = match_line(family, family.parameters, name)
         if match is not None:
             matches[name] = match
         elif not is_buffer:
-            raise InputError(
-                f"{type(model).__name__}: the parameter {name} has no axes; add a line for it to {family.file}"
-            )
+            missing.append(name)
+    if missing:
+        more = f" (and {len(missing) - 1} more: {', '.join(missing[1:9])})" if missing[1:] else ""
+        raise InputError(
+            f"{type(model).__name__}: the parameter {missing[0]}{more} has no axes; add a line for it to {family.file}"
+        )
     indices = {name: {k: int(v) for k, v in match.groupdict().items()} for name, (_, match) in matches.items()}
     for name, (line, _) in matches.items():
         binder.note_last(line, indices[name])
@@ -263,12 +278,12 @@ def space_for(
         name: [binder.bind(a, tuple(tensors[name][0].shape), indices[name], name) for a in line.alternatives]
         for name, (line, _) in matches.items()
     }
-    attributes = {
-        path: binder.bind(line.alternatives[0], (1,), variables, path)[0]
+    repeated = {
+        path: [binder.bind(a, (1,), variables, path)[0] for a in line.alternatives]
         for line in family.attributes
         for path, variables in _attribute_paths(line, list(indices.values()), model)
     }
-    equations = [(axis, get_attribute(model, path)) for path, axis in attributes.items()]
+    equations = [(axes_[0], get_attribute(model, path)) for path, axes_ in repeated.items() if len(axes_) == 1]
     for name, alternatives in bound.items():
         if len(alternatives) == 1:
             equations += zip(alternatives[0], tensors[name][0].shape, strict=True)
@@ -279,12 +294,17 @@ def space_for(
         if name in matches:
             shape = tuple(tensor.shape)
             fitting = [alternative for alternative in bound[name] if _fits(alternative, shape, sizes)]
-            if not fitting or (len(fitting) > 1 and 0 not in shape):  # of nothing, every alternative is the same
+            several = len(fitting) > 1 and not matches[name][0].in_order
+            if not fitting or (several and 0 not in shape):  # of nothing, every alternative is the same
                 raise InputError(
                     f"{family.file.name}: {name} of {type(model).__name__} has shape {list(shape)}, which "
                     f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
                 )
             places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
+    attributes = {
+        path: next((a for a in axes_ if _fits((a,), (get_attribute(model, path),), sizes)), axes_[-1])
+        for path, axes_ in repeated.items()
+    }
     dimensions = _dimensions(binder, places, sizes, getattr(model, "sidt_rotated", ()))
     _check_heads(dimensions, family.file)
     attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}
@@ -298,9 +318,10 @@ def space_for(
         attention,
         family.forwards,
         cost,
-        {d.name: stream_of(d.name, axes_of, cost.positions, family) for d in dimensions.values() if d.kind == "width"}
+        {d.name: stream_of(d.name, axes_of, cost, family) for d in dimensions.values() if d.kind == "width"}
         | _pooled_by_maximum(model, places),
         tied=tuple(name for name in dimensions if name.split(".")[0] in family.tied),
+        own=family if family.text else None,
     )
 
 

@@ -5,11 +5,12 @@ a norm that does not see the matrix, with linear layers alone after it. What the
 layers read a norm, the file of the family says in its sections ``norms`` and ``scales``.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sidt.space.axes import Axis, names
 from sidt.space.families import Family, instances
+from sidt.space.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Stream:
 def stream_of(
     width: str,
     tensors: Mapping[str, tuple[Axis, ...]],
-    layers: Collection[str],
+    trace: Trace,
     family: Family,
     outside: tuple[str, ...] = (),
 ) -> Stream | str:
@@ -45,10 +46,11 @@ def stream_of(
     Args:
         width: the dimension.
         tensors: the axes of the model's tensors by name.
-        layers: the tensors that are weights of linear layers or convolutions.
+        trace: says which tensors are weights of linear layers or convolutions, and which are used before others.
         family: says which layers follow a norm or a scale.
         outside: weights that read what goes out of the backbone: of a norm that nothing in it reads.
     """
+    layers = trace.positions
     own = {n: t for n, t in tensors.items() if any(width in names(axis) for axis in t)}
     norms: dict[str, tuple[str, ...]] = {}
     scales: dict[str, str] = {}
@@ -78,5 +80,22 @@ def stream_of(
         if not (name in layers or is_bias or len(axes) > 2):
             return f"{owner} changes the stream itself"
         places[name] = at
+    last = [n for n, at in places.items() if 0 in at and n in layers and n not in behind]
+    if (reason := _out_of_order(norms, last, trace)) is not None:
+        return reason
     padded = frozenset(norm for norm in norms if instances(dict.fromkeys(family.padded, ()), norm) is not None)
     return Stream(norms, scales, padded, places)
+
+
+def _out_of_order(norms: Mapping[str, tuple[str, ...]], writers: Iterable[str], trace: Trace) -> str | None:
+    """Why a stream is not what its norms give to their readers: one stands behind them, or nothing is last."""
+    first = {name: i for i, name in enumerate(trace.order)}
+    at = {norm: first[f"{norm}.weight"] for norm in norms if f"{norm}.weight" in first}
+    for norm in at:
+        for reader in norms[norm]:
+            if first.get(reader, at[norm]) < at[norm]:
+                return f"{norm} stands behind {reader} and not before it"
+    for writer in writers:
+        if at and first.get(writer, 0) > max(at.values()):
+            return f"what {writer} gives goes out of the model"
+    return None

@@ -35,11 +35,13 @@ class Trace:
             positions these rows are applied to; one entry for each range of rows that is used by itself.
         module_macs: multiply-adds under each module, by name ("" is the whole model).
         input_size: channels, height, width of the image.
+        order: the parameters in the order in which they are used first.
     """
 
     positions: Mapping[str, tuple[tuple[int, int, int], ...]]
     module_macs: Mapping[str, int]
     input_size: InputSize
+    order: tuple[str, ...]
 
 
 def input_size_of(model: nn.Module) -> InputSize:
@@ -78,9 +80,11 @@ class _Positions(TorchFunctionMode):
         super().__init__()
         self.weights = {id(p): (name, p) for name, p in model.named_parameters()}
         self.positions: dict[str, Counter[tuple[int, int]]] = {}
+        self.order: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.order |= {self.weights[id(a)][0]: None for a in (*args, *kwargs.values()) if id(a) in self.weights}
         out = func(*args, **kwargs)
         if func is F.linear or func in _CONVOLUTIONS:
             weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
@@ -165,4 +169,4 @@ def trace(model: nn.Module, input_size: InputSize | None = None, forward: Forwar
             children = sum(macs.get(f"{name}.{child}", 0) for child, _ in module.named_children())
             macs[name] = sum(counts[prefix + name].values()) // 2 if prefix + name in counts else children
     positions = {name: tuple((*rows, n) for rows, n in used.items()) for name, used in mode.positions.items()}
-    return Trace(positions, macs, size)
+    return Trace(positions, macs, size, tuple(mode.order))

@@ -19,6 +19,10 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers.attention import Attention as VitAttention
+from timm.layers.attention import AttentionRope
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from timm.models.pvt_v2 import Attention as PvtV2Attention
 from timm.models.pvt_v2 import MlpWithDepthwiseConv as PvtV2Mlp
 from timm.models.swin_transformer import WindowAttention as SwinAttention
@@ -167,6 +171,84 @@ class SlicedPvtV2Attention(PvtV2Attention):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
+def _turned(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """[B, heads, N, qk] with rotary positions, but for the tokens of the prefix; ``rope`` is sine and cosine."""
+    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
+    return torch.cat([x[:, :, :prefix], turned], dim=2).type_as(x)
+
+
+class SlicedEvaAttention(EvaAttention):
+    """timm's EVA attention, with rotary positions or without, for any head count and v size."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
+        if self.qkv is not None:
+            bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])  # type: ignore[list-item]
+            q, k, v = split_qkv(F.linear(x, self.qkv.weight, bias), self.num_heads, self.proj.in_features)
+        else:
+            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
+            v = _heads(self.v_proj(x), self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
+            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+        drop = self.attn_drop.p if self.training else 0.0
+        out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
+
+
+class SlicedRopeAttention(AttentionRope):
+    """timm's attention with rotary positions for any head count and v size, as many of q as of k and v."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        if not self.num_heads:
+            return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
+        if self.qkv is not None:
+            q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
+        else:
+            q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
+            v = _heads(self.v_proj(x), self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
+            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+        drop = self.attn_drop.p if self.training else 0.0
+        out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
+
+
+class SlicedLatentPool(AttentionPoolLatent):
+    """timm's pooling by the attention of learned queries, as of SigLIP, for any head count, q/k size and v size."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, pooled], or [B, queries, pooled] if they are not pooled."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        latent = self.latent.expand(x.shape[0], -1, -1)
+        if self.num_heads:
+            q = self.q_norm(_heads(self.q(latent), self.num_heads))
+            kv = self.kv(x)
+            k, v = torch.split(kv, [kv.shape[-1] - self.proj.in_features, self.proj.in_features], dim=-1)
+            k = self.k_norm(_heads(k, self.num_heads))
+            latent = attend(q, k, _heads(v, self.num_heads), self.scale, attn_mask).transpose(1, 2).flatten(2)
+        else:
+            latent = latent[..., :0]
+        x = self.proj_drop(self.proj(latent))
+        x = x + self.mlp(self.norm(x))
+        return x[:, 0] if self.pool == "token" else x.mean(1) if self.pool == "avg" else x
+
+
 class EmptyPvtV2Mlp(PvtV2Mlp):
     """timm's PVT v2 MLP without hidden units: its depthwise convolution would have no group."""
 
@@ -189,6 +271,11 @@ def _fills_the_width_at_scale(module: Any, heads: int, qk: int, v: int) -> bool:
     return fills_the_width(module, heads, qk, v) and _scale_is_of(module, heads, qk, v)
 
 
+def _fills_what_it_reads(module: Any, heads: int, qk: int, v: int) -> bool:
+    """Takes heads that together have the width of the tokens, and their size the scale."""
+    return bool(heads * v == module.kv.in_features) and _scale_is_of(module, heads, qk, v)
+
+
 FORWARDS: dict[type[nn.Module], Forward] = {
     VitAttention: Forward(SlicedVitAttention, _scale_is_of),
     SwinAttention: Forward(SlicedSwinAttention, _scale_is_of),
@@ -196,6 +283,9 @@ FORWARDS: dict[type[nn.Module], Forward] = {
         SlicedSwinV2Attention, fills_the_width, bilinear=False
     ),  # cosine attention: its scale is learned
     PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
+    AttentionPoolLatent: Forward(SlicedLatentPool, _fills_what_it_reads),
+    EvaAttention: Forward(SlicedEvaAttention, _fills_the_width_at_scale, bilinear=False),  # rotary positions stand
+    AttentionRope: Forward(SlicedRopeAttention, _scale_is_of, bilinear=False),  # between its q and k
 }
 
 # Sublayers that need another class when no unit is left, beside that of FORWARDS.

@@ -59,6 +59,8 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
             _empty(list(_around(sliced, owner_of(name, space.places))), dimension, library)
     for path, axis in space.attributes.items():
         _set_attribute(sliced, path, axis_size(axis, sizes))
+    if space.own is not None:
+        sliced.sidt_family = space.own  # type: ignore[assignment]
     earlier = getattr(model, "sidt_plan", None)
     sliced.sidt_plan = plan if earlier is None else earlier.then(plan)  # type: ignore[assignment]
     return sliced

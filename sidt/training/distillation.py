@@ -84,6 +84,8 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
             reason = f"unknown; the options are {', '.join(TeacherConfig.model_fields)}"
         raise InputError(f"distillation option {name}={first['input']!r}: {reason}" if name else reason) from None
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    if (family := getattr(student, "sidt_family", None)) is not None:  # it was sliced by
+        teacher.sidt_family = family
     kept = kept_channels(teacher, student) if config.features else {}
     theirs, mine = (getattr(model, "num_classes", None) for model in (teacher, student))
     if config.logits and isinstance(theirs, int) and isinstance(mine, int):

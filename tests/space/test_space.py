@@ -6,15 +6,15 @@ from backbones import MMDET_PVT, SWIN, VIT_TINY, dense
 from timm.models.vision_transformer import DiffAttention, VisionTransformer
 from torch import nn
 
-from sidt.space.families import families
+from sidt.space.finding import families
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.space.trace import input_size_of
 from sidt.surgery.slicing import slice_model
 
-GOOD = """
-models: [somewhere.Net]
-axes: {hidden: mlp}
+GOOD = f"""
+models: [{__name__}.Net]
+axes: {{hidden: mlp}}
 parameters:
   fc1.weight: hidden, _
   fc1.bias: hidden
@@ -139,10 +139,14 @@ def test_a_parameter_without_axes(refused, described):
         ("{hidden: mlp}", "{hidden: qk per heads}", ["hidden", "heads"]),
         ("{hidden: mlp}", "[hidden]", ["mine.yaml", "axes"]),
         ("{hidden: mlp}", "", ["mine.yaml", "axes"]),
-        ("models: [somewhere.Net]", "models: somewhere.Net", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "model: [somewhere.Net]", ["mine.yaml", "models"]),
-        ("models: [somewhere.Net]", "models: [somewhere.Net]\nforwards: [mine]", ["forwards", "['mine']", "a module"]),
+        (f"models: [{__name__}.Net]", "models: somewhere.Net", ["mine.yaml", "models"]),
+        (f"models: [{__name__}.Net]", "", ["mine.yaml", "models"]),
+        (f"models: [{__name__}.Net]", f"model: [{__name__}.Net]", ["mine.yaml", "models"]),
+        (
+            f"models: [{__name__}.Net]",
+            f"models: [{__name__}.Net]\nforwards: [mine]",
+            ["forwards", "['mine']", "a module"],
+        ),
         ("{hidden: mlp}", "{hidden: mlp", ["mine.yaml", "not YAML"]),
     ],
 )
@@ -168,6 +172,15 @@ def test_alternatives_of_which_none_or_both_fit(refused, described):
         described(GOOD.replace("_, hidden", "_, hidden + hidden | _, 2 hidden"))
     with refused("fc2.weight", "[4, 5]"):
         described(GOOD.replace("_, hidden", "_, hidden | hidden, hidden | 4, hidden"))
+
+
+def test_alternatives_in_order(described):
+    """The first that fits, and one of a dimension that the model does not have does not."""
+    axes = GOOD.replace("{hidden: mlp}", "{hidden: mlp, wide: width}")
+    assert described(axes.replace("_, hidden", "_, wide || _, hidden")).places["fc2.weight"].axes[1] == (("hidden",),)
+    both = axes.replace("fc1.bias: hidden", "fc1.bias: wide").replace("_, hidden", "_, wide || _, hidden")
+    space = described(both + "attributes: {fc2.in_features: wide || hidden}")
+    assert space.places["fc2.weight"].axes[1] == (("wide",),) == space.attributes["fc2.in_features"]
 
 
 def test_units_chosen_per_head_need_their_head(refused, described):

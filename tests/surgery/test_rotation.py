@@ -20,7 +20,7 @@ SWIN = {"depths": (1, 2, 1, 1), "img_size": 96, "embed_dim": 24, "num_heads": (2
 PADDED = Backbone("swin_tiny_patch4_window7_224", SWIN, label="padded")  # zeros beside the tokens in every stage
 ALL = (*BACKBONES, RMS, SCALED, PADDED)
 # timm's ViT without a norm or an embedding that changes the stream itself.
-WHOLE = ("vit_tiny", "deit", "dinov2", "beit3")
+WHOLE = ("vit_tiny", "deit", "dinov2", "beit3", "eva", "dinov3", "rope")
 
 
 def rotated(backbone, images=4):
@@ -60,6 +60,10 @@ def test_which_widths_can_be_rotated(backbone):
         assert set(rotatable(space)) == widths - {"embed.0"} and "patch_embed.norm" in space.streams["embed.0"]
     else:
         whole = any(word in backbone.name for word in WHOLE) and "avg" not in str(backbone)
+        if "pooled" in widths:  # it goes out beside its norm, and nothing reads the query through one
+            assert set(rotatable(space)) == ({"embed"} if space.family == "vit" else set())
+            assert "attn_pool.norm" in space.streams["pooled"] and "attn_pool.q" in space.streams["latent"]
+            return
         assert set(rotatable(space)) == (widths if whole else set())
         assert whole or all(isinstance(reason, str) and reason for reason in space.streams.values())
 
@@ -91,6 +95,22 @@ def test_a_model_without_a_head_gives_the_same_features(name, kwargs, tmp_path):
     repaired = repaired.float()
     sidt.save(repaired, tmp_path, name=name, args={**kwargs, "num_classes": features.shape[-1]})
     assert torch.equal(outputs(sidt.load(tmp_path), batch.float())[0], outputs(repaired, batch.float())[0])
+
+
+OUT_OF_ORDER = (
+    ("eva02_enormous_patch14_clip_224", {"img_size": 28, "embed_dim": 48, "num_heads": 4}, "stands behind"),
+    ("vit_tiny_patch16_224", {"img_size": 32, "final_norm": False, "num_classes": 0}, "goes out of the model"),
+)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "reason"), OUT_OF_ORDER)
+def test_a_stream_that_its_norms_do_not_give_keeps_its_basis(name, kwargs, reason):
+    """Norms of the same names after their layers, and features that no norm is the last of."""
+    model = shake(Backbone(name).create(depth=2, **kwargs)).eval().double()
+    batch = torch.randn(2, 3, kwargs["img_size"], kwargs["img_size"], dtype=torch.float64)
+    aligned, moments = sidt.align(model, sidt.measure_moments(model, [(batch, None)]))
+    assert reason in moments.space.streams["embed"]
+    assert_close(outputs(aligned, batch)[0], outputs(model, batch)[0])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
