@@ -49,13 +49,17 @@ DETECTOR_CONTROL = {
 }
 
 
-def measured(folder: Path, name: str, *, dense: bool, detector: bool = False) -> dict[str, Any]:
-    """The numbers of one compression, done now unless they are there."""
+def measured(
+    folder: Path, name: str, *, dense: bool, detector: bool = False, collect: bool = False
+) -> dict[str, Any] | None:
+    """The numbers of one compression, done now unless they are there; ``None`` if they are only to be collected."""
     path = CONFIGS / f"{name}.yaml"
     if name == "control":
         path = folder / "control.yaml"
         path.write_text(yaml.safe_dump(DETECTOR_CONTROL if detector else CONTROL))
     result = folder / "compressed" / (f"dense-{name}" if dense else name) / RESULT
+    if collect and not result.is_file():
+        return None
     if not result.is_file() and detector:
         click.echo(detectors.compress(open_detection_run(folder), path, dense=dense, say=click.echo))
     elif not result.is_file():
@@ -95,22 +99,24 @@ def _quality(row: dict[str, Any]) -> float:
 @click.option("--sliced", type=click.Path(path_type=Path), help="A run whose result is compressed too.")
 @click.option("--detector", type=click.Path(path_type=Path), help="A run of sidt detect on the digits.")
 @click.option("--only", multiple=True, type=click.Choice(list(PUBLISHED)), help="Systems; default: all.")
+@click.option("--collect", is_flag=True, help="Compress nothing: only the table of what is there.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results file, without its suffix.")
-def main(run: Path, sliced: Path | None, detector: Path | None, only: tuple[str, ...], out: Path | None) -> None:
+def main(
+    run: Path, sliced: Path | None, detector: Path | None, only: tuple[str, ...], collect: bool, out: Path | None
+) -> None:
     """Fill the table."""
+    asked = [(run, "dense", name, False) for name in only or PUBLISHED]
+    asked += [(sliced, "sliced", name, False) for name in only or PUBLISHED if sliced is not None]
+    models = ("dense", "sliced") if detector is not None else ()
+    asked += [(detector, model, name, True) for name in ("patdnn", "control") for model in models]
     rows, data = [], {}
-    for folder, model in ((run, "dense"), (sliced, "sliced")):
-        for name in only or PUBLISHED if folder is not None else ():
-            assert folder is not None
-            found = measured(folder, name, dense=model == "dense")
-            rows.append(row_of(name, model, found))
-            data[f"{model} {name}"] = {k: v for k, v in found.items() if k != "survey"}
-    for name in ("patdnn", "control") if detector is not None else ():
-        for dense in (True, False):
-            assert detector is not None
-            found, model = measured(detector, name, dense=dense, detector=True), "dense" if dense else "sliced"
-            rows.append(row_of(name, f"detector, {model}", found))
-            data[f"detector {model} {name}"] = found
+    for folder, model, name, detects in asked:
+        assert folder is not None
+        found = measured(folder, name, dense=model == "dense", detector=detects, collect=collect)
+        if found is not None:
+            label = f"detector, {model}" if detects else model
+            rows.append(row_of(name, label, found))
+            data[f"{label} {name}"] = {k: v for k, v in found.items() if k != "survey"}
     headers = ["system", "model", "not zero", "bits", "params left", "smaller", *STAGES, "modelled"]
     text = table([*headers, "ms of the engine beside dense", "published, elsewhere"], rows, "md")
     click.echo(text)
