@@ -16,7 +16,13 @@ from sidt.export.checkpoint import load
 from sidt.space.families import KINDS
 from sidt.surgery.slicing import slice_model
 
-VITS = [b for b in TIMM_BACKBONES if b.label == "" and b.name.startswith(("vit_tiny", "deit", "vit_small"))]
+VITS = [
+    b
+    for b in TIMM_BACKBONES
+    if b.label == ""
+    and b.name.startswith(("vit_tiny", "deit", "vit_small"))
+    and dense(b)[1].model == "VisionTransformer"
+]
 
 
 def uniform(backbone, share, **rules):

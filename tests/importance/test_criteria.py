@@ -12,7 +12,7 @@ from sidt.importance.scores import Importance, load_importance, unit_sums
 from sidt.space.space import space_for
 
 SPACE = """
-models: [tests.Tiny]
+models: [tests.importance.test_criteria.Tiny]
 axes:
   hidden: mlp
 parameters:
