@@ -18,7 +18,7 @@ FOLDERS = (
     *("sparsity", "hardware", "partition", "export", "report", "runs"),
 )
 DETECTION = ("operators", "data", "detectors", "training", "runs")
-GROUND = {"sidt.files", "sidt.search_spaces", "sidt.configs"}
+GROUND = {"sidt.files", "sidt.settings", "sidt.search_spaces", "sidt.configs"}
 ROOF = {"sidt", "sidt.__main__", "sidt.detection", "sidt.detection.models", "sidt.detection.run"}
 ONLY = {
     "optuna": {"sidt.allocation.figures", "sidt.allocation.storage", "sidt.allocation.study"},

@@ -32,9 +32,9 @@ from sidt.detection.training.evaluation import results_table
 from sidt.detection.training.loop import train
 from sidt.errors import InputError
 from sidt.files import write_bytes
-from sidt.report.kept import STAGES, latency, modelled, weights_kept, write_report
+from sidt.report.kept import STAGES, devices_of, latency, modelled, weights_kept, write_report
 from sidt.runs import provenance
-from sidt.runs.config import parse, read_yaml
+from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.config import CompressConfig, structures_of
 from sidt.sparsity.structures import Structure
@@ -111,6 +111,7 @@ def opened(run: DetectionRun, path: Path, *, dense: bool) -> Compression:
     """
     asked = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
     _check(asked, path)
+    devices_of(asked, path.parent)
     source = existing(run, "dense", "train CONFIG") if dense else _result(run)
     changed = {**run.options, **run.settings.finetune}
     detector, config = open_detector(DetectionRun(run.folder, run.config, run.settings, changed, run.data_root), source)

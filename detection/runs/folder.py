@@ -13,8 +13,8 @@ from sidt.detection.detectors.checkpoints import CONFIG, WEIGHTS, load_detector
 from sidt.detection.detectors.configs import input_size_of, read_config
 from sidt.detection.runs.settings import Settings
 from sidt.errors import InputError
-from sidt.runs.config import parse
 from sidt.runs.provenance import Chain, Step
+from sidt.settings import parse
 from sidt.space.finding import use_spaces
 from sidt.training.devices import resolve_device
 

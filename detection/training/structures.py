@@ -10,7 +10,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from sidt.errors import InputError
-from sidt.runs.config import parse
+from sidt.settings import parse
 from sidt.sparsity.admm import Admm
 from sidt.sparsity.config import LayersConfig, ReachConfig, structures_of
 from sidt.sparsity.holding import hold

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from sidt.errors import InputError
+from sidt.settings import parse, read_yaml
 
 Rows = tuple[tuple[int, int, int], ...]  # as in Trace.positions: first row, last row + 1, positions
 
@@ -37,25 +37,7 @@ def read_device(kind: type[AnyDevice], path: str | Path) -> AnyDevice:
     Raises:
         InputError: it cannot be read, or a value cannot be used; the first such key is named.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the device {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the device {path} is not YAML: {' '.join(str(error).split())}") from None
-    known = ", ".join(kind.model_fields)
-    if not isinstance(tree, dict):
-        raise InputError(f"the device {path} must be a mapping with the keys {known}, got {tree!r}")
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] in ("extra_forbidden", "missing"):
-            message = f"{'unknown' if first['type'] == 'extra_forbidden' else 'missing'} key; the keys are {known}"
-        seen = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise InputError(f"the device {path}: {key}: {message}{seen}") from None
+    return parse(kind, read_yaml(Path(path), kind, "device"), f"the device {path}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,6 +42,18 @@ def weights_kept(model: nn.Module, structures: Mapping[str, Structure]) -> dict[
     return found
 
 
+def devices_of(config: CompressConfig, folder: Path) -> tuple[FpgaDevice | None, CrossbarDevice | None]:
+    """The devices that a config names, whose files are in a folder.
+
+    Raises:
+        InputError: a file cannot be used.
+    """
+    return (
+        None if config.fpga is None else read_device(FpgaDevice, folder / config.fpga),
+        None if config.crossbar is None else read_device(CrossbarDevice, folder / config.crossbar),
+    )
+
+
 def modelled(
     model: nn.Module, positions: Mapping[str, Rows], config: CompressConfig, folder: Path
 ) -> dict[str, list[int]]:
@@ -54,11 +66,12 @@ def modelled(
         folder: of the config, where they are.
     """
     found: dict[str, list[int]] = {}
-    if config.fpga is not None:
-        cycles = count_cycles(model, positions, read_device(FpgaDevice, folder / config.fpga))
+    fpga, crossbar = devices_of(config, folder)
+    if fpga is not None:
+        cycles = count_cycles(model, positions, fpga)
         found["cycles"] = [sum(c.dense_cycles for c in cycles), sum(c.cycles for c in cycles)]
-    if config.crossbar is not None:
-        counts = count_crossbars(model, positions, read_device(CrossbarDevice, folder / config.crossbar))
+    if crossbar is not None:
+        counts = count_crossbars(model, positions, crossbar)
         found["crossbars"] = [sum(c.dense_crossbars for c in counts), sum(c.crossbars for c in counts)]
     return found
 

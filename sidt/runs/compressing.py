@@ -22,12 +22,13 @@ from tqdm import tqdm
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.importance.criteria import taylor
-from sidt.runs import provenance
-from sidt.runs.config import parse, read_yaml
-from sidt.runs.folder import CHAIN, Run, dense_model, existing
+from sidt.report.kept import devices_of
+from sidt.runs.exports import result_of
+from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of, sample
 from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
+from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.admm import train_by_admm
 from sidt.sparsity.config import CompressConfig, PurifyConfig, structures_of
@@ -87,20 +88,16 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
     config = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
     if config.engine == "2:4" and not torch.cuda.is_available():
         raise InputError(f"{path}: engine: 2:4 needs a CUDA device with semi-structured kernels; leave engine out")
-    before = dense_model(run) if dense else _result(run)
+    before = dense_model(run) if dense else load(result_of(run.folder)[1])
     space = space_of(run.config, before)
     structures = structures_of(before, config.structures, space)
+    devices_of(config, path.parent)
     if config.engine == "block-sparse":
-        block_sparse(before, structures)  # what it does not take is said before any training
+        block_sparse(before, structures)
+    if config.reach.by not in ("projection", "admm"):
+        penalty_of(before, config.reach, structures, space)
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
     return Compression(run, path, config, folder, before, copy.deepcopy(before), space, say, structures)
-
-
-def _result(run: Run) -> nn.Module:
-    """The run's fine-tuned model, else its sliced one."""
-    provenance.inputs(run.folder, CHAIN, "evaluate")
-    folder = run.folder if (run.folder / "config.json").is_file() else run.folder / "sliced"
-    return load(existing(run, str((folder / "config.json").relative_to(run.folder)), "slice").parent)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------

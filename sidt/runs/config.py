@@ -1,11 +1,11 @@
 """The config of a run: one YAML file, checked before anything starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sidt.allocation.steps import MOST
 from sidt.allocation.study import Sampler
@@ -13,13 +13,12 @@ from sidt.cost.budget import Budget
 from sidt.data.preparation import DataConfig
 from sidt.errors import InputError
 from sidt.importance.gates import GateConfig
+from sidt.settings import parse, read_yaml
 from sidt.space.families import Kind
 from sidt.space.finding import search_path, use_spaces
 from sidt.sparsity.lines import NormConfig
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
-
-Config = TypeVar("Config", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -176,51 +175,6 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse(RunConfig, tree, str(path))
     use_spaces(*config.spaces)
     return config
-
-
-def read_yaml(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
-    """The values of a YAML file.
-
-    Args:
-        path: the file.
-        kind: the class that they are for, whose keys the message names.
-
-    Raises:
-        InputError: it cannot be read, is not YAML, or is no mapping.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"the config {path} must be a mapping with the keys {', '.join(kind.model_fields)}")
-    return tree
-
-
-def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config:
-    """Validate values as a config class; the error is one line and names the first wrong key."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key; known here: {', '.join(_known(model, first['loc']))}"
-        seen = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise InputError(f"{source}: {key}: {message}{seen}"[:600]) from None
-
-
-def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
-    for part in where[:-1]:
-        field = model.model_fields.get(str(part))
-        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if inner:
-            model = inner[0]
-    return list(model.model_fields)
 
 
 def override(tree: dict[str, Any], text: str) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from sidt.partition.shards import assembled, difference, shard_of
 from sidt.partition.workers import calibrate, run_partition
 from sidt.partition.workload import Workload, workload_of
 from sidt.report.tables import table
-from sidt.runs.config import parse
 from sidt.runs.exports import result_of
 from sidt.runs.folder import open_run
+from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize, input_size_of
 
@@ -89,15 +88,7 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     Raises:
         InputError: it is missing, not YAML, or a value cannot be used.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the devices {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the devices {path} are not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"the devices {path} must be a mapping with the key devices: a list with name and memory")
-    return parse(DevicesFile, tree, str(path)).devices
+    return parse(DevicesFile, read_yaml(path, DevicesFile, "list of devices"), str(path)).devices
 
 
 def _complete(

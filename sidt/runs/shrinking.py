@@ -10,10 +10,11 @@ from sidt.errors import InputError
 from sidt.export.models import create_model
 from sidt.export.weights import read_weights
 from sidt.runs import outcome, pipeline
-from sidt.runs.config import RunConfig, override, parse
+from sidt.runs.config import RunConfig, override
 from sidt.runs.folder import Run, started
 from sidt.runs.images import data_of
 from sidt.runs.models import dense_shapes, folder_of, prepared
+from sidt.settings import parse
 
 Say = Callable[[str], None]
 

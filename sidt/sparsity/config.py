@@ -102,7 +102,8 @@ class CompressConfig(_Strict):
         survey: which matrices prune well, in the report.
         reach: how the model gets near them.
         repair: whether what is left of linear layers is fitted to what they gave, on the calibration images of the
-            run's scores; without a training towards the structures, these also say how much inputs count.
+            run's scores; without a training towards the structures, these also say how much inputs count. Of
+            classifiers alone: what a detector lost is left to its training.
         purify: what else becomes zero.
         unused: whether what is dead then leaves through a plan, exactly.
         finetune: how the model is trained under its structures afterwards; None: it is not.

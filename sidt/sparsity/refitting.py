@@ -74,6 +74,8 @@ def refit(model: nn.Module, masks: Mapping[str, Tensor], moments: Mapping[str, T
     """
     for name, mask in masks.items():
         weight = model.get_parameter(name)
+        if mask.all():
+            continue
         if name not in moments:
             weight.mul_(mask.to(weight.device))
             continue

@@ -215,7 +215,7 @@ CROSSBAR_TEXT = "rows: 4\ncolumns: 6\ncell_bits: 4\nweight_bits: 8\nsigned: pair
         ("rows: [", ("not YAML",)),
         ("- 4", ("must be a mapping", "rows", "[4]")),
         (CROSSBAR_TEXT + "pitch: 3", ("pitch", "unknown", "rows, columns")),
-        (CROSSBAR_TEXT.replace("rows: 4\n", ""), ("rows", "missing", "the keys are rows")),
+        (CROSSBAR_TEXT.replace("rows: 4\n", ""), ("rows", "missing", "known here: rows")),
         (CROSSBAR_TEXT.replace("rows: 4", "rows: 0"), ("rows", "greater than or equal to 1", "got 0")),
         (CROSSBAR_TEXT.replace("rows: 4", "rows: many"), ("rows", "integer", "many")),
         (CROSSBAR_TEXT.replace("pair", "both"), ("signed", "'pair' or 'offset'", "both")),

@@ -7,8 +7,9 @@ import pytest
 from sidt.cost.complexity import report
 from sidt.errors import InputError
 from sidt.runs import outcome, pipeline
-from sidt.runs.config import RunConfig, parse
+from sidt.runs.config import RunConfig
 from sidt.runs.folder import PLAN, dense_model, started
+from sidt.settings import parse
 from sidt.space.plan import load_plan
 from sidt.space.space import space_for
 
