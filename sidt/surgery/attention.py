@@ -11,7 +11,7 @@ A search-space file whose attention is not timm's names the module that has its 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,20 +177,6 @@ def _turned(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([x[:, :, :prefix], turned], dim=2).type_as(x)
 
 
-def _rotary(
-    module: Any, x: Tensor, read: Sequence[Tensor], rope: Tensor | None, mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """What an attention with rotary positions makes of its q, k and v, each [B, heads, N, size]: [B, N, C]."""
-    q, k = module.q_norm(read[0]), module.k_norm(read[1])
-    if rope is not None:
-        q, k = (_turned(t, rope, module.num_prefix_tokens, module.rotate_half) for t in (q, k))
-    drop = module.attn_drop.p if module.training else 0.0
-    out = module.norm(attend(q, k, read[2], module.scale, mask, drop, is_causal).transpose(1, 2).flatten(2))
-    if module.gate is not None:
-        out = out * module.gate(x).sigmoid()
-    return module.proj_drop(module.proj(out))  # type: ignore[no-any-return]
-
-
 class SlicedEvaAttention(EvaAttention):
     """timm's EVA attention, with rotary positions or without, for any head count and v size."""
 
@@ -206,11 +192,22 @@ class SlicedEvaAttention(EvaAttention):
         else:
             q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
             v = _heads(self.v_proj(x), self.num_heads)
-        return _rotary(self, x, (q, k, v), rope, attn_mask, is_causal)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
+            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+        drop = self.attn_drop.p if self.training else 0.0
+        out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
 
 
 class SlicedRopeAttention(AttentionRope):
-    """timm's attention with rotary positions for any head count and v size, as many of q as of k and v."""
+    """timm's attention with rotary positions for any head count and v size, as many of q as of k and v.
+
+    Most of it stands in :class:`SlicedEvaAttention` too: torch.jit.script compiles no function that takes a module.
+    """
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -223,7 +220,15 @@ class SlicedRopeAttention(AttentionRope):
         else:
             q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.num_heads)
             v = _heads(self.v_proj(x), self.num_heads)
-        return _rotary(self, x, (q, k, v), rope, attn_mask, is_causal)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
+            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+        drop = self.attn_drop.p if self.training else 0.0
+        out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
 
 
 class SlicedLatentPool(AttentionPoolLatent):

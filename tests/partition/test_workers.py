@@ -1,11 +1,10 @@
 """The partitioned model in several processes, and how their errors end."""
 
-import os
-
 import pytest
 import timm
 import torch
 from backbones import shake
+from failing import sleep_or_fail
 from torch import nn
 
 from sidt.errors import InputError
@@ -51,17 +50,6 @@ def test_one_worker_is_measured_without_a_link():
     assert here.capacity > 0 and here.latency == 0
     assert timed.macs == pytest.approx(load.macs) and timed.bytes == load.bytes
     assert partition(timed, [here]).seconds == pytest.approx(timed.macs / here.capacity)
-
-
-def sleep_or_fail(what):
-    """In a worker: one waits for ever for the other, who says something else."""
-    if what == "wait":
-        torch.distributed.barrier()
-    elif what == "input":
-        raise InputError("this cannot be used")
-    elif what == "die":
-        os._exit(3)
-    raise ZeroDivisionError(what)
 
 
 @pytest.mark.parametrize(
