@@ -122,11 +122,12 @@ def _numbers(
     """The numbers of a model; and of each width that follows from them its column, that of the heads, of their size."""
     column = {name: i for i, name in enumerate(space.dimensions)}
     dimensions = list(space.dimensions.values())
+    stages = {d.index for d in dimensions if d.kind == "width"}
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, dimension in enumerate(dimensions):
         if dimension.kind != "width":
             group = "head size" if dimension.kind in ("qk", "v") else dimension.kind
-            groups.setdefault((group, dimension.index[:-1]), []).append(i)
+            groups.setdefault((group, _stage(dimension.index, stages)), []).append(i)
     tied, numbers, frozen = [], [], set()
     for name in space.tied:
         stage = dimensions[column[name]].index
@@ -144,7 +145,10 @@ def _numbers(
         may = all(dimensions[i].name in free for i in members) and (kind, stage) not in frozen
         step = 1 if kind == "heads" else round_to
         label = f"{kind}.{'.'.join(map(str, stage))}".rstrip(".")
-        numbers.append(_Number(label, members, [1] * len(members), step, whole, whole, may))
+        # Of q/k whose units are pairs of rows, half as many are as large as v.
+        even = kind == "head size" and all(dimensions[i].size % whole == 0 for i in members)
+        factors = [dimensions[i].size // whole if even else 1 for i in members]
+        numbers.append(_Number(label, members, factors, step, whole, whole, may))
     others = [i for i, d in enumerate(dimensions) if d.kind == "width" and i not in {width for width, _, _ in tied}]
     if others:
         least = min(dimensions[i].size for i in others)
@@ -154,3 +158,8 @@ def _numbers(
         factors = [dimensions[i].size // unit for i in others]
         numbers.append(_Number("width", others, factors, round_to, unit, unit, may))
     return numbers, tied
+
+
+def _stage(index: tuple[int, ...], stages: Collection[tuple[int, ...]]) -> tuple[int, ...]:
+    """The indices of a block that it shares with the width of its stage: a block may hold several sublayers alike."""
+    return next((index[:n] for n in range(len(index) - 1, 0, -1) if index[:n] in stages), ())

@@ -15,6 +15,7 @@ from optuna.visualization import (
     plot_pareto_front,
 )
 
+from sidt.allocation.storage import shared
 from sidt.errors import InputError
 
 _ENOUGH = 10  # finished trials; the importances of knobs in fewer are noise
@@ -35,7 +36,9 @@ def open_study(storage: str, name: str) -> optuna.Study:
     if storage.startswith(_FILE) and not Path(storage.removeprefix(_FILE)).is_file():  # Optuna would make an empty one
         raise InputError(f"the study's file {storage.removeprefix(_FILE)} is not there; search again")
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        return optuna.load_study(study_name=name, storage=shared(storage))
+    except InputError:
+        raise
     except KeyError:
         raise InputError(f"the storage has no study {name}; search again") from None
     except Exception as error:  # SQLAlchemy and its drivers have errors of many roots

@@ -18,13 +18,14 @@ from sidt.errors import InputError
 from sidt.importance.criteria import Loss, cross_entropy, taylor
 from sidt.importance.scores import Importance
 from sidt.importance.unlabelled import own_outputs
+from sidt.space.outputs import classes_of, heads_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.space.trace import InputSize
 from sidt.surgery.alignment import align
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments, run_images
-from sidt.training.evaluation import distances, evaluating, heads_of
+from sidt.training.evaluation import distances, evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ def shrink(
         raise InputError(
             f"shrink got batches of {type(first).__name__}; give images, (images, labels), or a loss= that takes them"
         )
-    features = getattr(model, "num_classes", None) == 0
+    features = classes_of(model) == 0
     own = loss is None and (features or not labelled)
     of = loss or (own_outputs(features=features) if own else cross_entropy)
     forward = run_images if pairs else of

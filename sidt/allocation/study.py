@@ -11,6 +11,7 @@ parts are worse than the best trial's beyond noise. One that gives a single numb
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import fail_stale_trials
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from sidt.allocation.curve import Point, along, nearest, place_on_curve, reachable
 from sidt.allocation.greedy import Rules, allocate
 from sidt.allocation.knobs import WIDTH, knobs_of, plan_at
-from sidt.allocation.storage import one_by_one, shared
+from sidt.allocation.storage import gives_signs, insist, opening, shared
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -219,19 +221,20 @@ def search(
     first = [start, *(_warm(known, start, ranges) for known in warm), *splits]
     with _quiet():
         study = _open(storage, name, pareto, first)
-        finished = study.get_trials(states=_FINISHED)
         study.sampler = _sampler(sampler, seed + len(study.trials))  # with the same seed it would repeat itself
-        left = trials - len(finished)
-        if left > 0:
-            # The callback counts the trials of all processes that share the storage.
-            enough = MaxTrialsCallback(trials, states=_FINISHED)
-            try:
+        begin = time.monotonic()
+        # The callback counts the trials of all processes that share the storage.
+        enough = MaxTrialsCallback(trials, states=_FINISHED)
+
+        def go_on() -> None:
+            left = trials - len(study.get_trials(states=_FINISHED))
+            rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
+            if left > 0:
                 study.optimize(
-                    run, n_trials=left, timeout=timeout, n_jobs=jobs, callbacks=[enough], show_progress_bar=progress
+                    run, n_trials=left, timeout=rest, n_jobs=jobs, callbacks=[enough], show_progress_bar=progress
                 )
-            except StorageInternalError as error:
-                reason = " ".join(str(error.__cause__ or error).split())[:200]
-                raise InputError(f"cannot write the study to {storage}: {reason}; is the disk full?") from None
+
+        insist(go_on, storage)
     finished = study.get_trials(states=(TrialState.COMPLETE,))
     plain_trial = next((t for t in finished if t.params == start), None)
     if not finished:
@@ -339,24 +342,27 @@ def _name(model: nn.Module, importance: Importance, budget: Budget, rules: Rules
 def _open(storage: str | None, name: str, pareto: bool, first: list[dict[str, float]]) -> optuna.Study:
     """The study of this name, with the trials that come first in it or waiting in it."""
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: 2 if pareto else 1]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
-        with one_by_one(storage):
-            study = optuna.create_study(
-                storage=shared(storage), study_name=name, directions=directions, pruner=pruner, load_if_exists=True
-            )
-            there: list[Any] = [t.params for t in study.get_trials(states=_FINISHED)]
-            there += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
-            for known in first:
-                if known not in there:
-                    study.enqueue_trial(known)
-                    there.append(known)
-            return study
-    except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot open the study storage {storage!r}: {reason}; give an Optuna storage URL") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNED_AT, n_startup_steps=_FIRST_PARTS)
+    with opening(storage):
+        kept = None if storage is None else shared(storage)
+        study = optuna.create_study(
+            storage=kept, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
+        )
+        alive: tuple[TrialState, ...] = ()
+        if gives_signs(storage):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                fail_stale_trials(study)
+            alive = (TrialState.RUNNING,)
+        there: list[Any] = [t.params for t in study.get_trials(states=(*_FINISHED, *alive))]
+        there += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]
+        for known in first:
+            if known not in there:
+                study.enqueue_trial(known)
+                there.append(known)
+        return study
 
 
 @contextmanager
