@@ -3,6 +3,7 @@
 import copy
 import re
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidt.cost.complexity import PlanCosts, measure, report
 from sidt.space.families import INNER_KINDS, KINDS
 from sidt.space.finding import families
+from sidt.space.outputs import tensors_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.slicing import mask_model, slice_model
@@ -26,7 +28,13 @@ from sidt.surgery.slicing import mask_model, slice_model
 SEEDS = range(3)
 EMPTY = ("apart", "together")  # sublayers that lose all their units
 PLANS = (*SEEDS, *EMPTY)
+WHOLE_V = re.compile("dlittle|dpwee|mvitv2")  # a norm over each head's v keeps it whole
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def tolerance(backbone: Backbone) -> dict[str, float]:
+    """Mask2Former's masks are sums of 32 products of features, of many times the size of logits."""
+    return TOLERANCE | ({"atol": 1e-4} if backbone.name.startswith("Mask2Former") else {})
 
 
 @pytest.fixture(scope="module", params=BACKBONES, ids=str)
@@ -53,7 +61,7 @@ def run(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def outputs_of(result) -> tuple[torch.Tensor, ...]:
-    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    return tuple(tensors_of(result))
 
 
 def same(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
@@ -88,9 +96,9 @@ def test_a_random_plan_is_a_hard_case(backbone):
     for seed in SEEDS:
         sizes = random_plan(space, seed).sizes
         free = [d for d in space.dimensions.values() if not d.fixed and d.size > 1]
-        assert {d.kind for d in free} >= {"width", "heads", "v"} - (
-            {"heads", "v"} if "beit3" in str(backbone) else set()
-        )
+        no_width = space.family in ("maxxvit", "pit") or backbone.label == "resnet"
+        whole = {"width"} if no_width else {"v"} if WHOLE_V.search(str(backbone)) else set()
+        assert {d.kind for d in free} >= {"width", "heads", "v", "mlp"} - whole
         assert all(sizes[d.name] < d.size for d in free)
         qk = [d.name for d in free if d.kind == "qk"]
         assert all(sizes[name] != sizes[name.replace("qk", "v")] for name in qk)
@@ -107,15 +115,13 @@ def test_full_plan_is_bit_identical(backbone):
 
 
 def test_a_plan_empties_sublayers(backbone, refused):
-    """The other tests of such plans stand on this: heads, MLP or both are gone, but for norms over all of them."""
+    """The other tests of such plans stand on this: heads, MLP or both are gone."""
     _, space = dense(backbone)
     for which in EMPTY:
         plan = plan_of(space, which)
         gone = {name for name, size in plan.sizes.items() if not size}
         assert gone == sublayers(space, which)
-        may = {d.kind for d in space.dimensions.values() if d.kind in ("heads", "mlp") and not d.fixed}
-        assert {space.dimensions[name].kind for name in gone} == may
-        assert may == {"heads", "mlp"} or "beit3" in str(backbone) or "eva02_base" in str(backbone)
+        assert {space.dimensions[name].kind for name in gone} == {"heads", "mlp"}
     for dimension in space.dimensions.values():
         if dimension.kind not in ("heads", "mlp") or dimension.fixed:
             rows = () if dimension.per is None else (space.sizes[dimension.per],)
@@ -129,7 +135,7 @@ def test_masked_is_sliced(backbone, which):
     plan, sliced = sliced_by(backbone, which, INNER_KINDS)
     images = backbone.images()
     masked = run(mask_model(model, plan), images)
-    assert_close(run(sliced, images), masked, **TOLERANCE)
+    assert_close(run(sliced, images), masked, **tolerance(backbone))
     assert gap(masked, run(model, images)) > 1e-2 and count(sliced) < count(model)
 
 
@@ -141,6 +147,11 @@ class KeptNorm(nn.Module):
         self.norm, self.kept = norm, kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.norm).__name__ == "LayerNorm2d":
+            return self.over_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.over_last(x)
+
+    def over_last(self, x: torch.Tensor) -> torch.Tensor:
         seen, size, weight = x[..., self.kept], (len(self.kept),), self.norm.weight[self.kept]
         if isinstance(self.norm, nn.LayerNorm):
             seen = F.layer_norm(seen, size, weight, self.norm.bias[self.kept], self.norm.eps)
@@ -157,8 +168,8 @@ def with_kept_norms(model: nn.Module, plan: DimensionPlan) -> nn.Module:
     norms = [n for n, m in masked.named_modules() if isinstance(m, nn.LayerNorm) or type(m).__name__ == "RmsNorm"]
     for name in norms:
         (term,) = plan.space.places[f"{name}.weight"].axes[0]
-        dimension = next(symbol for symbol in term if isinstance(symbol, str))
-        if plan.space.dimensions[dimension].kind == "width":
+        dimension = next((symbol for symbol in term if isinstance(symbol, str)), None)
+        if dimension is not None and plan.space.dimensions[dimension].kind == "width":
             # PatchMerging's norm is over four pixels: timm has the channels of a pixel side by side, and
             # MMDetection the pixels of a channel.
             size, keep = plan.space.sizes[dimension], plan.keep[dimension]
@@ -169,23 +180,40 @@ def with_kept_norms(model: nn.Module, plan: DimensionPlan) -> nn.Module:
     return masked
 
 
-def kept_channels(outputs: tuple[torch.Tensor, ...], plan: DimensionPlan) -> tuple[torch.Tensor, ...]:
-    """Of a map of each stage, the channels that the plan keeps; logits as they are."""
-    if outputs[0].ndim == 2:
-        return outputs
-    return tuple(y[:, plan.keep[f"embed.{stage}"]] for stage, y in enumerate(outputs))
+def of(name: str, plan: DimensionPlan) -> tuple[int, int]:
+    """The sizes of a dimension before and after."""
+    return plan.space.sizes[name], plan.sizes[name]
+
+
+def kept_channels(
+    outputs: tuple[torch.Tensor, ...], smaller: tuple[torch.Tensor, ...], plan: DimensionPlan
+) -> tuple[torch.Tensor, ...]:
+    """Of tokens, and of a map of each stage, the channels that the plan keeps; logits as they are."""
+    found = []
+    for y, small in zip(outputs, smaller, strict=True):
+        for axis in (d for d in range(y.ndim) if y.shape[d] != small.shape[d]):
+            sizes = (y.shape[axis], small.shape[axis])
+            (width,) = (
+                d.name for d in plan.space.dimensions.values() if d.kind == "width" and of(d.name, plan) == sizes
+            )
+            y = y.index_select(axis, torch.as_tensor(plan.keep[width]))
+        found.append(y)
+    return tuple(found)
 
 
 @pytest.mark.parametrize("kinds", [("width",), KINDS], ids=["width", "all"])
 @pytest.mark.parametrize("which", PLANS)
 def test_width_sliced_is_norms_over_the_kept_units(backbone, which, kinds):
-    model, _ = dense(backbone)
+    model, space = dense(backbone)
+    if not any(d.kind == "width" for d in space.dimensions.values()):
+        pytest.skip(f"the file {space.family} searches no width")
     plan, sliced = sliced_by(backbone, which, kinds)
     images = backbone.images()
-    expected = kept_channels(run(with_kept_norms(model, plan), images), plan)
-    assert_close(run(sliced, images), expected, **TOLERANCE)
-    masked = kept_channels(run(mask_model(model, plan), images), plan)
-    assert gap(masked, expected) > 1e-3  # the statistics matter
+    seen = run(sliced, images)
+    expected = kept_channels(run(with_kept_norms(model, plan), images), seen, plan)
+    assert_close(seen, expected, **tolerance(backbone))
+    masked = kept_channels(run(mask_model(model, plan), images), seen, plan)
+    assert gap(masked, expected) > (3e-4 if backbone.name.startswith("Detr") else 1e-3)  # the statistics matter
     assert count(sliced) < count(model)
 
 
@@ -197,7 +225,9 @@ def test_predicted_is_counted(backbone, which):
     for by, table in rows.items():
         assert [table.params, table.macs] == predicted(backbone, plan), by
     assert len(rows["module"].rows) > len(rows["block"].rows) > 3
-    assert "(other)" not in {row.name for row in rows["module"].rows}
+    # What attentions that stay whole multiply: outlook attention, and those of Mask2Former's decoders.
+    whole = backbone.name.startswith(("volo", "Mask2Former"))
+    assert ("(other)" in {row.name for row in rows["module"].rows}) == whole
     measured = measure(sliced, backbone.input_size)
     assert [measured.params, measured.macs] == predicted(backbone, plan)
     assert min(min(row.params, row.macs) for row in measured.rows) >= 0
@@ -237,14 +267,14 @@ def test_export_gives_the_same_output(backbone, which):
     _, sliced = sliced_by(backbone, which)
     images = backbone.images(1)
     exported = torch.export.export(sliced, (images,)).module()
-    assert_close(run(exported, images), run(sliced, images), **TOLERANCE)
+    assert_close(run(exported, images), run(sliced, images), **tolerance(backbone))
 
 
 def trained(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradients of one step in train mode."""
     model.train()
     pooled = [
-        y if y.ndim == 2 else y.mean((2, 3)) for y in outputs_of(model(images))
+        y if y.ndim == 2 else y.mean(1) if y.ndim == 3 else y.mean((2, 3)) for y in outputs_of(model(images))
     ]  # a distilled model has two heads
     sum(F.cross_entropy(y, torch.arange(len(y))) for y in pooled).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -256,7 +286,11 @@ def test_it_trains(backbone, which):
     gradients = trained(
         slice_model(sliced, DimensionPlan(space_for(sliced, backbone.input_size), {})), backbone.images()
     )
-    assert set(gradients) == {n for n, p in sliced.named_parameters() if p.requires_grad}
+    learning = {n for n, p in sliced.named_parameters() if p.requires_grad}
+    unused = ["mask_token"]  # for images with parts left out
+    if any("hidden_states_norms" in name for name in learning):  # of maps; there is another of the last, for no one
+        unused += ["swin.layernorm.weight", "swin.layernorm.bias"]
+    assert set(gradients) == {n for n in learning if not n.endswith(tuple(unused))}
     none = {n for n, p in sliced.named_parameters() if not p.numel()}
     assert bool(none) == any(not size for size in sliced.sidt_plan.sizes.values())
     assert set(gradients) | none == set(trained(backbone.build(), backbone.images()))
@@ -280,17 +314,32 @@ def matching(family: str, name: str) -> list[str]:
     return [line for line, pattern in patterns(family).items() if pattern.fullmatch(name)]
 
 
+def whole_in(family: str) -> re.Pattern[str]:
+    """How the names begin of what a family never searches."""
+    (file,) = (f.file for f in families() if f.file.stem == family)
+    modules = yaml.safe_load(file.read_text()).get("whole", ())
+    return re.compile("|".join(re.sub(r"\{\w\}", r"\\d+", f"{m}.".replace(".", r"\.")) for m in modules) or "$.")
+
+
 def test_every_parameter_matches_one_line(backbone):
     model, space = dense(backbone)
-    assert all(len(matching(space.family, name)) == 1 for name, _ in model.named_parameters())
+    whole = whole_in(space.family)
+    for name, _ in model.named_parameters():
+        assert len(matching(space.family, name)) == 1 or (not matching(space.family, name) and whole.match(name))
     assert set(space.places) >= {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", [f.file.stem for f in families()])
 def test_every_line_is_exercised(family):
+    if family.startswith("transformers") and find_spec("transformers") is None:
+        pytest.skip("the extra transformers is not installed; it needs Python 3.11")
     spaces = [space for _, space in map(dense, BACKBONES) if space.family == family]
     used = {line for space in spaces for name in space.places for line in matching(family, name)}
-    assert set(patterns(family)) == used
+    if missing := set(patterns(family)) - used:  # lines of buffers that only sliced models have
+        sliced = [sliced_by(b, 0)[1] for b in BACKBONES if dense(b)[1].family == family]
+        buffers = {line for model in sliced for name, _ in model.named_buffers() for line in matching(family, name)}
+        assert missing <= buffers
+    assert set(patterns(family)) >= used
 
 
 LARGE = {
@@ -302,13 +351,18 @@ LARGE = {
 }  # sizes only: up to 1.1 G
 
 
-@pytest.mark.parametrize("backbone", {b.name: b for b in BACKBONES}.values(), ids=lambda b: b.name)
+WHOLE_MODELS = ("DetrForObjectDetection", "Mask2FormerForUniversalSegmentation")  # of a backbone that is told by name
+
+
+@pytest.mark.parametrize(
+    "backbone", {b.name: b for b in BACKBONES if b.name not in WHOLE_MODELS}.values(), ids=lambda b: b.name
+)
 def test_real_size(backbone):
-    device = "meta" if backbone.name in LARGE else "cpu"
+    device = "meta" if backbone.name in LARGE or backbone.source == "transformers" else "cpu"
     with torch.device(device):
-        model = backbone.create(**{"num_classes": 1000} if backbone.source == "timm" else {})
+        model = backbone.create(**backbone.classes(1000))
     model.eval()
-    space = space_for(model, None if backbone.source == "timm" else (3, 224, 224))
+    space = space_for(model, (3, 224, 224) if backbone.source in ("mmdet", "vitdet") else None)
     plan = random_plan(space, 0)
     sliced = slice_model(model, plan)
     costs = PlanCosts(space)
@@ -316,5 +370,7 @@ def test_real_size(backbone):
     assert costs.of(np.array([plan.sizes[n] for n in costs.names])).tolist() == [count(sliced), counted.macs]
     assert costs.dense.tolist() == [count(model), measure(model, space.trace.input_size).macs]
     outputs = run(sliced, torch.randn(1, *space.trace.input_size, device=device))
-    widths = [1000] if backbone.source == "timm" else [plan.sizes[f"embed.{stage}"] for stage in range(4)]
-    assert [y.shape[1] for y in outputs] == widths
+    if backbone.source == "mmdet":
+        assert [y.shape[1] for y in outputs] == [plan.sizes[f"embed.{stage}"] for stage in range(4)]
+    elif backbone.classes(1000):
+        assert {y.shape[1] for y in outputs} == {1000}

@@ -1,8 +1,9 @@
 """Complexity: parameters and multiply-adds of plans in closed form, and of any model by counting.
 
 Every parameter has ``prod(axis sizes)`` entries and its layer ``positions * prod(axis sizes)`` multiply-adds;
-attention has ``heads * (qk + v) * token pairs``. All are sums of products of dimension sizes, so a space has
-one polynomial for parameters and one for multiply-adds, whose terms also tell where the cost is.
+attention has ``heads * qk`` and ``heads * v``, each with what the trace counted before and after the softmax
+(:mod:`sidt.space.products`). All are sums of products of dimension sizes, so a space has one polynomial for parameters
+and one for multiply-adds, whose terms also tell where the cost is.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from sidt.space.axes import Array, Axis, Present, term_size
+from sidt.space.axes import Array, Axis, Present, layout, names, term_size
 from sidt.space.space import DimensionSpace
 from sidt.space.trace import InputSize, trace
 
@@ -50,19 +51,31 @@ def cost_terms(space: DimensionSpace) -> list[CostTerm]:
         if count or used:
             module = name.rpartition(".")[0] or name
             for positions, coefficient, dimensions, present in _expand(place.axes, used, space.sizes):
-                macs = positions * coefficient
+                macs, shared = positions * coefficient, _shared_by(dimensions, space.per)
+                if macs and shared:  # a layer on the units of a head is one for all heads, and is applied to each
+                    each = macs // max(term_size(shared, space.sizes), 1)
+                    terms.append(CostTerm(module, place.block, (*dimensions, *shared), 0, each, present))
+                    macs = 0
                 terms.append(CostTerm(module, place.block, dimensions, count * coefficient, macs, present))
+            if not used and name.endswith(".weight") and not any(map(names, place.axes)):
+                # Never searched, and made anew at each call, as where it is standardised: the trace knows its module.
+                terms.append(CostTerm(module, place.block, (), 0, space.trace.module_macs.get(module, 0)))
     for heads, owner in space.attention.items():
-        children = [d.name for d in space.dimensions.values() if d.per == heads]
-        layers = sum(_dense(t, space.sizes)[1] for t in terms if t.module == owner or t.module.startswith(owner + "."))
-        matmuls = space.trace.module_macs.get(owner, 0) - layers
         block = next(p.block for n, p in space.places.items() if n.startswith(owner + "."))
-        pairs = matmuls // max(space.sizes[heads] * sum(space.sizes[c] for c in children), 1)
-        terms += [CostTerm(owner, block, (heads, child), 0, pairs) for child in children]
+        inner = {d.kind: (heads, d.name) for d in space.dimensions.values() if d.per == heads}
+        for follows, macs in space.trace.products_in(owner).items():
+            dimensions = inner[follows] if follows != "heads" else (heads,)
+            units = max(term_size(dimensions, space.sizes), 1)
+            terms.append(CostTerm(owner, block, dimensions, 0, macs // units))
     rest = space.trace.module_macs[space.counted.rstrip(".")] - sum(_dense(t, space.sizes)[1] for t in terms)
     if rest:  # matrix products that no axis explains: counted, but they do not follow the plan
         terms.append(CostTerm("(other)", "(other)", (), 0, rest))
     return terms
+
+
+def _shared_by(dimensions: Sequence[str], per: Mapping[str, str]) -> tuple[str, ...]:
+    """The heads of units that stand without them."""
+    return tuple(dict.fromkeys(per[name] for name in dimensions if name in per and per[name] not in dimensions))
 
 
 def _expand(
@@ -73,17 +86,14 @@ def _expand(
     Rows are the first axis. A term of it that is used in parts has no number of positions of its own; what they
     do not share goes to the rest that does not follow the plan.
     """
-    start = 0
-    for rows in axes[0] if axes else [()]:  # a single number has no axis
-        end = start + term_size(rows, sizes)
-        shared = sum(n * max(0, min(end, last) - max(start, first)) for first, last, n in used)
-        positions = shared // max(end - start, 1)
+    for rows, at in layout(axes[0], sizes) if axes else [((), np.zeros(1))]:  # a single number has no axis
+        shared = sum(n * int(((first <= at) & (at < last)).sum()) for first, last, n in used)
+        positions = shared // max(at.size, 1)
         for choice in product(*axes[1:]):
             symbols = [s for term in (rows, *choice) for s in term]
             coefficient = int(np.prod([s for s in symbols if isinstance(s, int)], dtype=np.int64))
             present = tuple(s.of for s in symbols if isinstance(s, Present))
             yield positions, coefficient, tuple(s for s in symbols if isinstance(s, str)), present
-        start = end
 
 
 def _dense(term: CostTerm, sizes: Mapping[str, int]) -> tuple[int, int]:

@@ -18,12 +18,13 @@ from sidt.errors import InputError
 from sidt.importance.directions import along, is_centred
 from sidt.importance.scores import Importance, unit_sums
 from sidt.space.axes import names
+from sidt.space.outputs import heads_of
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.moments import argument, rows_of
 from sidt.surgery.rotation import rotatable
 from sidt.surgery.slicing import explicit
 from sidt.training.batches import rechunk
-from sidt.training.evaluation import evaluating, heads_of
+from sidt.training.evaluation import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -48,7 +47,9 @@ class _Factor:
             shape = [s if d in site.kept else 1 for d, s in enumerate(site.view)]
             along = (value**site.power if site.power > 1 else value).view(shape).expand(site.view).reshape(-1)
             if len(along) < extents[site.dim]:
-                along = F.pad(along, (site.start, extents[site.dim] - site.end), value=1.0)
+                along = along.new_ones(extents[site.dim]).index_copy(
+                    0, torch.tensor(site.at, device=along.device), along
+                )
             found[site.dim] = found[site.dim] * along if site.dim in found else along
         return found
 
@@ -124,7 +125,7 @@ class Gates:
             for dim, along in factor.along(shape).items() if len(shape) > 1 else ():
                 there = torch.zeros(shape[dim])
                 for site in (site for _, site in factor.sites if site.dim == dim):
-                    there[site.start : site.end] = shape[dim] / math.prod(shape)  # all other axes are summed over, too
+                    there[list(site.at)] = shape[dim] / math.prod(shape)  # all other axes are summed over, too
                 for totals, each in ((sums, along.abs().cpu() * there), (gated, there)):
                     entries = each.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
                     for name, total in unit_sums(self.space, [(parameter, entries)], dim).items():

@@ -5,26 +5,23 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sidt.errors import InputError
-from sidt.space.axes import Axis, axis_size, names, views
+from sidt.space.axes import Axis, Stretch, axis_size, names, views
 from sidt.space.families import KINDS, Kind
 from sidt.space.space import Dimension, DimensionSpace, Place
 
 Placement = Literal["sidt", "vtp", "vit-slim"]
 
-Stretch = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-
 
 @dataclass(frozen=True)
 class Site:
-    """Where a gate multiplies: ``[start, end)`` along one axis of a parameter, a product of the sizes ``view``.
+    """Where a gate multiplies: the entries ``at`` along one axis of a parameter, a product of the sizes ``view``.
 
     The gate has the axes ``kept`` of the product and is repeated along the others.
     """
 
     parameter: str
     dim: int
-    start: int
-    end: int
+    at: tuple[int, ...]
     view: tuple[int, ...]
     kept: tuple[int, ...]
     power: int = 1
@@ -44,19 +41,25 @@ def _stretches(space: DimensionSpace, axis: Axis, name: str) -> list[Stretch]:
     """Where the units of a dimension stand along an axis; heads count only where they hold q/k or v units."""
     children = [child for child, parent in space.per.items() if parent == name]
     return [
-        (start, end, tuple(view), kept[:1] if children else kept)
+        Stretch(at, shape, kept[:1] if children else kept)
         for each in children or [name]
-        for start, end, view, kept in views(axis, space.sizes, each, space.per)
+        for at, shape, kept in views(axis, space.sizes, each, space.per)
     ]
 
 
 def _readers(space: DimensionSpace, name: str) -> list[Site]:
-    """The input columns of every layer that reads the units of a dimension."""
-    return [
+    """The input columns of every layer that reads the units of a dimension; also of those that mix heads."""
+    reading = [
         Site(parameter, 1, *stretch)
         for parameter, place in _weights(space)
         for stretch in _stretches(space, place.axes[1], name)
     ]
+    mixing = [
+        Site(parameter, 1, *stretch)
+        for parameter in space.mixing(name)
+        for stretch in views(space.places[parameter].axes[1], space.sizes, name, space.per)
+    ]
+    return list(dict.fromkeys([*reading, *mixing]))
 
 
 def _first_writers(space: DimensionSpace, name: str) -> list[Site]:
@@ -103,27 +106,38 @@ def _after_vtp(space: DimensionSpace, kinds: Iterable[Kind]) -> Iterator[Gate]:
         read = [d for d in free if place.block in blocks and _stretches(space, place.axes[1], d.name)]
         if read:
             size = axis_size(place.axes[1], space.sizes)
-            yield Gate(parameter, read[0].kind, (size,), (Site(parameter, 1, 0, size, (size,), (0,)),))
+            yield Gate(parameter, read[0].kind, (size,), (Site(parameter, 1, tuple(range(size)), (size,), (0,)),))
 
 
 def _after_vit_slim(space: DimensionSpace, kinds: Iterable[Kind]) -> Iterator[Gate]:
-    """One gate that q, k and v of a unit of a head share, named after the heads; the others are as SiDT's."""
+    """One gate that q, k and v of a unit of a head share, named after the heads; the others are as SiDT's.
+
+    Where q/k units are pairs of rows (rotary positions), which of them a unit of v would share is nowhere said: it is
+    a gate of v alone.
+    """
     attention = any(kind in kinds for kind in ("heads", "qk", "v"))
     for dimension in _free(space, [kind for kind in kinds if kind in ("mlp", "width")]):
         yield _own(space, dimension.name)
     free = {d.name for d in _free(space, KINDS)}
     for heads in (d for d in space.dimensions.values() if d.kind == "heads" and d.size and attention):
         qk, v = sorted((d for d in space.dimensions.values() if d.per == heads.name), key=lambda d: d.kind)
-        if qk.size != v.size:
+        pairs = _are_pairs(space, qk)
+        if qk.size != v.size and not pairs:
             raise InputError(
                 f"vit-slim shares one gate between q, k and v, but {heads.name} has q/k of {qk.size} and v of {v.size} "
                 "units; use placement sidt"
             )
         # The gates of q and of k meet in their product.
-        sites = [replace(s, power=2) for s in _first_writers(space, qk.name)] if qk.name in free else []
+        sites = [replace(s, power=2) for s in _first_writers(space, qk.name)] if qk.name in free and not pairs else []
         sites += _readers(space, v.name) if v.name in free else []
         if sites:
             yield Gate(heads.name, "heads", (heads.size, v.size), tuple(sites))
+
+
+def _are_pairs(space: DimensionSpace, qk: Dimension) -> bool:
+    """Whether several rows of q stand for one unit."""
+    terms = (term for place in space.places.values() for axis in place.axes for term in axis)
+    return any(qk.name in term and any(type(s) is int for s in term) for term in terms)
 
 
 _PLACEMENTS = {"sidt": _after_sidt, "vtp": _after_vtp, "vit-slim": _after_vit_slim}

@@ -93,8 +93,8 @@ def unit_sums(
             if found:
                 others = [d for d in range(tensor.ndim) if d != position]
                 along = (tensor.sum(others, dtype=torch.float64) if others else tensor.double()).cpu()
-            for name, (start, end, view, kept) in found:
-                stretch = along[start:end].view(*view)
-                rest = [d for d in range(len(view)) if d not in kept]
+            for name, (at, shape, kept) in found:
+                stretch = along[list(at)].view(shape)
+                rest = [d for d in range(len(shape)) if d not in kept]
                 sums[name] += stretch.sum(rest) if rest else stretch
     return sums

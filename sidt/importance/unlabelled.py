@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidt.importance.criteria import Loss
-from sidt.training.evaluation import heads_of
+from sidt.space.outputs import heads_of
 
 
 def own_outputs(*, features: bool, seed: int = 0) -> Loss:

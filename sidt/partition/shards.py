@@ -39,7 +39,7 @@ def shard_of(model: nn.Module, space: DimensionSpace, partition: Partition, inde
     keep = {
         grid.sublayer.dimension: np.arange(*cell.units)
         for grid, cell in own
-        if not cell.empty and not space.dimensions[grid.sublayer.dimension].fixed
+        if not cell.empty and grid.sublayer.units > 1  # else it is in one piece
     }
     shard = slice_model(model, DimensionPlan(space, keep))
     del shard.sidt_plan  # it is a part, and no model of its own that could be saved

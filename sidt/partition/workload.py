@@ -14,6 +14,7 @@ What is left (embeddings, norms, residual sums, merging, the head) every device 
 is little, and the stream between sublayers is then whole on every device. So are the parameters it needs.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -134,9 +135,15 @@ def workload_of(model: nn.Module, space: DimensionSpace, images: int = 1) -> Wor
         for d in space.dimensions.values()
         if d.kind in ("heads", "mlp") and d.size
     }
-    # What has another sublayer inside, as a pooling with an MLP, is no sum over its units, and stays in one piece.
+    # What has another sublayer inside, as a pooling with an MLP, is no sum over its units, and stays in one piece. So
+    # do heads that are mixed (talking heads), and what gives other tokens than it is given (class attention), or
+    # another width, or more than tokens (MViTv2's give the map's size).
     owners = {n: o for n, o in owners.items() if not any(inner.startswith(f"{o}.") for inner in owners.values())}
-    streams = _inputs(model, list(owners.values()), (images, *space.trace.input_size))
+    owners = {n: o for n, o in owners.items() if not space.mixing(n)}
+    count = Counter(owners.values())  # attention and MLP side by side, in one module
+    owners = {n: o for n, o in owners.items() if count[o] == 1}
+    streams = _streams(model, list(owners.values()), (images, *space.trace.input_size))
+    owners = {n: o for n, o in owners.items() if o in streams}
     terms = cost_terms(space)
     order = {name: place for place, name in enumerate(dict(model.named_modules()))}
     sublayers = []
@@ -144,8 +151,9 @@ def workload_of(model: nn.Module, space: DimensionSpace, images: int = 1) -> Wor
         own = [t for t in terms if t.module == owner or t.module.startswith(f"{owner}.")]
         shape = streams[owner]
         rows = shape[:-1].numel() if tokenwise(space, owner) else shape[0]
-        units = 1 if space.dimensions[name].fixed else space.sizes[name]
-        bound = own if space.dimensions[name].fixed else [t for t in own if name in t.dimensions]
+        whole = space.dimensions[name].fixed or space.dimensions[name].normed  # a norm sees all units
+        units = 1 if whole else space.sizes[name]
+        bound = own if whole else [t for t in own if name in t.dimensions]
         shared = [t for t in own if t not in bound]
         macs, entries = _summed(bound, space.sizes)
         shared_macs, shared_entries = _summed(shared, space.sizes)
@@ -190,15 +198,17 @@ def _summed(terms: list[CostTerm], sizes: Mapping[str, int]) -> tuple[int, int]:
     return macs, sum(n * t.params for n, t in zip(counts, terms, strict=True))
 
 
-def _inputs(model: nn.Module, owners: list[str], shape: tuple[int, ...]) -> dict[str, torch.Size]:
-    """The shape of what each of some modules is given in a forward of a batch of that shape."""
+def _streams(model: nn.Module, owners: list[str], shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """The shape of what each of some modules is given and gives in a forward; none if it is not one tensor."""
     twin, seen = meta_copy(model), dict[str, torch.Size]()
 
-    def note(owner: str, given: Tensor) -> None:
-        seen[owner] = given.shape
+    def note(owner: str, given: Tensor, out: object) -> None:
+        if isinstance(out, Tensor) and given.shape == out.shape:
+            seen[owner] = given.shape
 
     for owner in owners:
-        twin.get_submodule(owner).register_forward_pre_hook(lambda _, given, owner=owner: note(owner, given[0]))
+        module = twin.get_submodule(owner)
+        module.register_forward_hook(lambda _, given, out, owner=owner: note(owner, given[0], out))
     with torch.no_grad():
         twin(torch.empty(shape, device="meta", dtype=next(twin.parameters()).dtype))
     return seen

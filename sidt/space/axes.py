@@ -7,10 +7,14 @@ A line gives one expression for each axis of a tensor, separated by commas::
 - Names side by side are a product: the axis is their row-major flattening, so ``heads qk`` has index
   ``head * qk_size + unit``. A number is a product's unnamed factor: ``4 embed`` is four blocks of ``embed``.
 - ``+`` is concatenation.
+- A sum in parentheses is the last factor of a product: ``heads (qk + qk + v)`` has the q, k and v units of the first
+  head, then those of the next.
 - ``_`` is an axis that is never searched; it has the size that the tensor has.
 - ``name!`` says that the name must stay whole, because statistics are taken over it here.
 - ``name?`` is a factor of 1 while the name has units and of 0 when it has none: ``heads? embed`` is ``embed`` as
-  long as there is a head, and nothing after that.
+  long as there is a head, and nothing after that; ``heads? _`` is never searched, and goes with the last head.
+  Of an axis that only attributes have, it chooses an alternative: ``first? heads (qk + v) || heads qk + heads v``.
+  ``enters? embed.{s-1} || embed`` is the width before where the block has the module that the attribute is of.
 - ``|`` separates whole alternatives; the one whose sizes fit the tensor is taken.
 - ``||`` separates them in order; the first whose dimensions the model has, and whose sizes fit, is taken: a head reads
   ``pooled || embed``, what a pooling gives if there is one that has a width of its own.
@@ -22,8 +26,10 @@ This module knows text, sizes and indices; it knows neither models nor files.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +51,34 @@ class Present(int):
         return present
 
 
+class Part(tuple[Any, ...]):
+    """A product with one summand of a sum in parentheses; those of the same sum stand next to each other.
+
+    ``heads (qk + v)`` is the products ``heads qk`` and ``heads v``, whose entries take turns for each unit of the first
+    ``shared`` factors. The one that is ``first`` in its sum says so.
+    """
+
+    shared: int
+    first: bool
+
+    def __new__(cls, factors: Any = (), shared: int = 0, first: bool = True) -> "Part":
+        """The product of some factors."""
+        part = super().__new__(cls, factors)
+        part.shared, part.first = shared, first
+        return part
+
+
 # A bound axis: a sum of products of dimension names and plain numbers.
 Term = tuple[str | int, ...]
 Axis = tuple[Term, ...]
+
+
+class Stretch(NamedTuple):
+    """Entries along an axis: a product of the sizes ``shape``, of which a reduction keeps the axes ``kept``."""
+
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +96,8 @@ ParsedAxis = tuple[tuple[Factor, ...], ...]
 ParsedLine = tuple[ParsedAxis, ...]
 
 _FACTOR = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_]*)(?P<indices>(?:\.\{[^{}]+\})*)(?P<mark>[!?]?)")
-_PLUS = re.compile(r"\+(?![^{}]*\})")  # not that of {s+1}
+_PLUS = re.compile(r"\+(?![^{}]*\})(?![^()]*\))")  # not that of {s+1}, and not one in parentheses
+_SUM = re.compile(r"(?P<outer>[^()]*[^()\s][^()]*)\((?P<inner>[^()]*)\)\s*")
 _INDEX = re.compile(r"(?:(?P<variable>[a-z])\s*)?(?P<offset>[+-]?\s*\d+)?")
 
 
@@ -81,6 +113,17 @@ def _parse_factor(token: str, line: str) -> Factor:
     return Factor(match["name"], indices=found or None, fixed=match["mark"] == "!", presence=match["mark"] == "?")
 
 
+def _parse_terms(axis: str, line: str) -> Iterator[tuple[Factor, ...]]:
+    for term in _PLUS.split(axis):
+        if (match := _SUM.fullmatch(term)) is None:
+            yield tuple(_parse_factor(token, line) for token in term.split())
+            continue
+        outer = tuple(_parse_factor(token, line) for token in match["outer"].split())
+        for number, summand in enumerate(_PLUS.split(match["inner"])):
+            inner = tuple(_parse_factor(token, line) for token in summand.split())
+            yield Part((*outer, *inner), len(outer), number == 0) if inner else ()
+
+
 def parse_line(line: str) -> tuple[ParsedLine, ...]:
     """Parse one line into its alternatives, each a tuple with one entry per tensor axis.
 
@@ -91,11 +134,12 @@ def parse_line(line: str) -> tuple[ParsedLine, ...]:
     for alternative in re.split(r"\|{1,2}", line):
         axes = []
         for axis in alternative.split(","):
-            terms = tuple(tuple(_parse_factor(t, line) for t in term.split()) for term in _PLUS.split(axis))
+            terms = tuple(_parse_terms(axis, line))
             if not all(terms):
                 raise InputError(f"empty axis or term in the axes {line!r}; write _ for an axis that is not searched")
-            if axis.strip() != "_" and any(f == Factor() for term in terms for f in term):
-                raise InputError(f"_ must stand alone in its axis, but got {line!r}")
+            own = [f for term in terms for f in term if f == Factor()]
+            if own and (len(own) > 1 or len(terms) > 1 or not all(f.presence for f in terms[0] if f != Factor())):
+                raise InputError(f"_ must stand alone in its axis, or behind name?, but got {line!r}")
             axes.append(terms)
         alternatives.append(tuple(axes))
     return tuple(alternatives)
@@ -128,7 +172,11 @@ def bind(axis: ParsedAxis, extent: int, resolve: Callable[[Factor], str]) -> Axi
             return Present(resolve(factor)) if factor.presence else resolve(factor)
         return extent if factor.number is None else factor.number
 
-    return tuple(tuple(symbol(f) for f in term) for term in axis)
+    def product(term: tuple[Factor, ...]) -> Term:
+        bound = tuple(symbol(f) for f in term)
+        return Part(bound, term.shared, term.first) if isinstance(term, Part) else bound
+
+    return tuple(product(term) for term in axis)
 
 
 def names(axis: Axis) -> set[str]:
@@ -139,6 +187,17 @@ def names(axis: Axis) -> set[str]:
 def presences(axis: Axis) -> set[str]:
     """The dimensions that occur in an axis as ``name?``."""
     return {s.of for term in axis for s in term if isinstance(s, Present)}
+
+
+def chosen(axis: Axis, dimensions: Set[str]) -> Axis:
+    """An axis without ``name?`` of what is no dimension, which has done its part."""
+
+    def product(term: Term) -> Term:
+        gone = [i for i, s in enumerate(term) if isinstance(s, Present) and s.of not in dimensions]
+        left = tuple(s for i, s in enumerate(term) if i not in gone)
+        return Part(left, term.shared - len(gone), term.first) if isinstance(term, Part) else left
+
+    return tuple(product(term) for term in axis)
 
 
 def symbol_size(symbol: str | int, sizes: Mapping[str, int]) -> int:
@@ -185,6 +244,22 @@ def solve(axis: Axis, extent: int, sizes: Mapping[str, int]) -> tuple[str, int] 
     return (name, size) if size >= 0 and remainder == 0 else None
 
 
+def layout(axis: Axis, sizes: Mapping[str, int]) -> list[tuple[Term, Array]]:
+    """Each product of an axis, and the positions of its entries: an array with an axis for each factor."""
+    begins = [i for i, term in enumerate(axis) if not isinstance(term, Part) or term.first]
+    found: list[tuple[Term, Array]] = []
+    start = 0
+    for first, end in pairwise([*begins, len(axis)]):
+        shared = term.shared if isinstance(term := axis[first], Part) else 0
+        rows = term_size(term[:shared], sizes)
+        widths = [term_size(t[shared:], sizes) for t in axis[first:end]]
+        for each, width, offset in zip(axis[first:end], widths, np.cumsum([0, *widths]), strict=False):
+            positions = start + offset + sum(widths) * np.arange(rows)[:, None] + np.arange(width)
+            found.append((each, positions.reshape([symbol_size(s, sizes) for s in each])))
+        start += rows * sum(widths)
+    return found
+
+
 def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array], per: Mapping[str, str]) -> Array:
     """The positions along a tensor axis that stay when each dimension keeps only ``keep``.
 
@@ -197,9 +272,9 @@ def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array]
     Returns:
         Indices into the dense axis, shape [kept positions], in order.
     """
-    parts, offset = [], 0
-    for term in axis:
-        index = np.zeros((1,) * len(term), dtype=np.int64)
+    parts = []
+    for term, positions in layout(axis, sizes):
+        index = []
         for position, symbol in enumerate(term):
             shape = [1] * len(term)
             size = symbol_size(symbol, sizes)
@@ -213,30 +288,23 @@ def kept_indices(axis: Axis, sizes: Mapping[str, int], keep: Mapping[str, Array]
                 if parent is not None:  # one row for each kept unit of the parent
                     shape[term.index(parent)] = kept.shape[0]
             shape[position] = kept.shape[-1]
-            index = index * size + kept.reshape(shape)
-        parts.append(index.reshape(-1) + offset)
-        offset += term_size(term, sizes)
-    return np.concatenate(parts)
+            index.append(kept.reshape(shape))
+        parts.append(positions[tuple(index)].reshape(-1))
+    found = np.concatenate(parts)
+    return np.sort(found) if any(isinstance(term, Part) for term in axis) else found
 
 
-def views(
-    axis: Axis, sizes: Mapping[str, int], name: str, per: Mapping[str, str]
-) -> list[tuple[int, int, Sequence[int], tuple[int, ...]]]:
+def views(axis: Axis, sizes: Mapping[str, int], name: str, per: Mapping[str, str]) -> list[Stretch]:
     """Where one dimension lives along an axis, as views for a reduction.
 
     Returns:
-        For each term that holds ``name``: start and end along the axis, the shape of that stretch as a
-        product, and the positions in the shape to keep (the parent of ``name``, if it has one, and ``name``);
-        all others are to be summed.
+        For each term that holds ``name``: its entries, and which axes of their product to keep (the parent of ``name``,
+        if it has one, and ``name``); all others are to be summed.
     """
-    found: list[tuple[int, int, Sequence[int], tuple[int, ...]]] = []
-    offset = 0
-    for term in axis:
-        size = term_size(term, sizes)
+    found = []
+    for term, positions in layout(axis, sizes):
         # Without its parent, a dimension is one that must stay whole: no unit has a score of its own here.
         if name in term and per.get(name, name) in term:
-            shape = [symbol_size(s, sizes) for s in term]
             kept = (term.index(name),) if name not in per else (term.index(per[name]), term.index(name))
-            found.append((offset, offset + size, shape, kept))
-        offset += size
+            found.append(Stretch(tuple(positions.reshape(-1).tolist()), positions.shape, kept))
     return found

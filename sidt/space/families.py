@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -57,6 +57,12 @@ class Family:
         scales: templates of the scales on a width, each with that of the one layer whose output it scales.
         padded: templates of the norms between which and their readers zeros are put beside the tokens.
         tied: axes that the model's constructor makes of the heads and their size.
+        whole: templates of modules that are never searched: what is in them needs no line, and stays as it is.
+        pairs: axes whose units are pairs of rows in a model that has what is named first, as rotary positions: of a
+            row in each half where the attribute named second is true (``qk`` is then ``2 qk``), else of neighbours
+            (``qk 2``).
+        stages: index variables that count blocks of a flat list, each with the template of the tensor that begins a new
+            one: ``s: blocks.{i}.proj.weight`` makes s of block i the number of these up to it.
         text: what is in the file, which checkpoints take along; empty of one that comes with SiDT.
     """
 
@@ -70,6 +76,9 @@ class Family:
     scales: Mapping[str, tuple[str, ...]]
     padded: tuple[str, ...]
     tied: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    pairs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stages: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     text: str = ""
 
     def within(self, prefix: str) -> "Family":
@@ -121,13 +130,15 @@ def read_family(file: Path) -> Family:
         raise InputError(f"cannot read the search space {file}: it is no text in UTF-8") from None
     except yaml.YAMLError as error:
         raise InputError(f"the search space {file} is not YAML: {' '.join(str(error).split())}") from None
-    sections, more = {"models", "axes", "parameters"}, {"attributes", "forwards", "norms", "scales", "padded", "tied"}
+    lists = ("padded", "tied", "whole")
+    sections = {"models", "axes", "parameters"}
+    more = {"attributes", "forwards", "norms", "scales", "pairs", "stages", *lists}
     if not isinstance(tree, Mapping) or not sections <= set(tree) <= sections | more:
         raise InputError(
             f"the search space {file} must have the sections models, axes, parameters (and attributes, forwards, "
-            f"norms, scales, padded, tied)"
+            f"norms, scales, pairs, stages, {', '.join(lists)})"
         )
-    shapes = {"models": list, "forwards": str, "padded": list, "tied": list}
+    shapes = {"models": list, "forwards": str} | dict.fromkeys(lists, list)
     kinds = {list: "a list", str: "the name of a module", dict: "a mapping"}
     for section, content in tree.items():
         shape = shapes.get(section, dict)
@@ -138,9 +149,23 @@ def read_family(file: Path) -> Family:
     forwards = tree.get("forwards", "sidt.surgery.attention")
     norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
     parameters = _lines(tree["parameters"])
-    padded, tied = (tuple(map(str, tree.get(section, ()))) for section in ("padded", "tied"))
+    padded, tied, whole = (tuple(map(str, tree.get(section, ()))) for section in lists)
     models = tuple(map(str, tree["models"]))
-    return Family(file, models, rules, parameters, attributes, forwards, norms, scales, padded, tied, text)
+    pairs = _followers(tree.get("pairs", {}))
+    for name, paths in pairs.items():
+        if name not in rules or rules[name].kind != "qk" or len(paths) != 2:
+            raise InputError(
+                f"{file}: pairs has {name}: {', '.join(paths)}; write an axis of kind qk, and what there is in models "
+                f"where its units are pairs, and the attribute that is true where these are halves of a head"
+            )
+    stages = {str(name): _compile(str(template)) for name, template in tree.get("stages", {}).items()}
+    for name, pattern in stages.items():
+        if len(pattern.groupindex) != 1:
+            raise InputError(f"{file}: stages has {name}: {pattern.pattern}; write a tensor with one index, as {{i}}")
+    return Family(
+        *(file, models, rules, parameters, attributes, forwards, norms, scales, padded, tied, whole, pairs, stages),
+        text,
+    )
 
 
 def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -153,6 +178,11 @@ def instances(templates: Mapping[str, tuple[str, ...]], name: str) -> tuple[str,
         if match := _compile(template).fullmatch(name):
             return tuple(follower.format(**match.groupdict()) for follower in followers)
     return None
+
+
+def stays_whole(family: Family, name: str) -> bool:
+    """Whether a tensor is in a module that the family never searches."""
+    return any(re.match(_compile(template).pattern + r"\.", name) for template in family.whole)
 
 
 def match_line(family: Family, lines: tuple[Line, ...], name: str) -> tuple[Line, re.Match[str]] | None:

@@ -2,12 +2,11 @@
 
 A space is data. It is read from a file in ``search_spaces/`` that gives the axes of every parameter of one
 family of backbones (:mod:`sidt.space.axes`), and is bound here to one model: every parameter must match exactly one
-line, and every dimension must have one size.
+line or be in a module that stays whole, and every dimension must have one size.
 """
 
-import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from sidt.errors import InputError
 from sidt.space import axes
-from sidt.space.axes import Axis, Factor, ParsedLine
-from sidt.space.families import Family, Kind, Line, match_line
+from sidt.space.axes import Axis
+from sidt.space.binding import Binder, attribute_paths, begins_of, block_of, get_attribute
+from sidt.space.families import Family, Kind, match_line, stays_whole
 from sidt.space.finding import family_of
 from sidt.space.streams import Stream, stream_of
 from sidt.space.trace import InputSize, Trace, trace
@@ -36,6 +36,7 @@ class Dimension:
         index: where it stands: the block, or stage and block; empty for one that all share.
         fixed: whether it must stay whole.
         ordered: whether its units stand in order, as after a rotation: a plan keeps the first ones.
+        normed: whether a norm inside its sublayer takes statistics over its units, in which those that go are zeros.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Dimension:
     index: tuple[int, ...]
     fixed: bool
     ordered: bool = False
+    normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class DimensionSpace:
         """The indices of the blocks, in order of depth; last and without one, what stands in none (a pooling)."""
         return sorted({d.index for d in self.dimensions.values() if d.kind != "width"}, key=lambda i: (not i, i))
 
+    def mixing(self, name: str) -> list[str]:
+        """The weights that have the units of a dimension as their rows and as their columns, as of talking heads."""
+        return [n for n, place in self.places.items() if sum(name in axes.names(axis) for axis in place.axes) > 1]
+
     def in_block(self, block: tuple[int, ...]) -> list[Dimension]:
         """The dimensions of a block: its own, and the widths that it shares with others."""
         return [
@@ -118,109 +124,6 @@ class DimensionSpace:
             for d in self.dimensions.values()
             if d.index == block or (d.kind == "width" and d.index == block[: len(d.index)])
         ]
-
-
-# --- binding it to a model -------------------------------------------------------------------------
-
-# embed.{s-1} where s is 0: what the first stage reads is the image's, and never searched.
-_BEFORE_THE_FIRST = ""
-
-
-@dataclass
-class _Binder:
-    """Turns the lines of a file into the axes of one model's tensors."""
-
-    family: Family
-    last: dict[str, int] = field(default_factory=dict)
-    dimensions: dict[str, tuple[Kind, str | None, tuple[int, ...]]] = field(default_factory=dict)
-    fixed: set[str] = field(default_factory=set)
-
-    def note_last(self, line: Line, variables: Mapping[str, int]) -> None:
-        """Remember the highest index of each axis that a line uses with its own indices."""
-        for factor in _factors(line):
-            rule = self.family.rules.get(factor.name or "")
-            if rule and rule.variables and factor.indices is None and set(rule.variables) <= set(variables):
-                top = variables[rule.variables[0]]
-                assert factor.name is not None
-                self.last[factor.name] = max(top, self.last.get(factor.name, 0))
-
-    def bind(
-        self, parsed: ParsedLine, shape: tuple[int, ...], variables: Mapping[str, int], where: str
-    ) -> tuple[Axis, ...]:
-        if len(parsed) != len(shape):
-            raise InputError(
-                f"{self.family.file.name}: {where} has {len(shape)} axes, but its line gives {len(parsed)}"
-            )
-        bound = (
-            axes.bind(a, e, lambda f: self.resolve(f, variables, where)) for a, e in zip(parsed, shape, strict=True)
-        )
-        return tuple(
-            ((extent,),) if _BEFORE_THE_FIRST in axes.names(axis) else axis
-            for axis, extent in zip(bound, shape, strict=True)
-        )
-
-    def resolve(self, factor: Factor, variables: Mapping[str, int], where: str) -> str:
-        assert factor.name is not None
-        rule = self.family.rules.get(factor.name)
-        if rule is None:
-            raise InputError(f"{self.family.file.name}: {where} uses the axis {factor.name!r}, which is not declared")
-        expressions = factor.indices if factor.indices is not None else rule.variables
-        if len(expressions) != len(rule.variables):
-            raise InputError(
-                f"{self.family.file.name}: {where} gives {factor.name!r} {len(expressions)} indices, "
-                f"not {len(rule.variables)}"
-            )
-        last = self.last.get(factor.name, 0)
-        index = tuple(axes.evaluate_index(e, variables, last) for e in expressions)
-        if min(index, default=0) < 0:
-            return _BEFORE_THE_FIRST
-        name = ".".join([factor.name, *map(str, index)])
-        parent = None if rule.per is None else ".".join([rule.per, *map(str, index)])
-        self.dimensions[name] = (rule.kind, parent, index)
-        if factor.fixed:
-            self.fixed.add(name)
-        return name
-
-
-def _factors(line: Line) -> Iterator[Factor]:
-    for alternative in line.alternatives:
-        for axis in alternative:
-            for term in axis:
-                yield from term
-
-
-def _block(line: Line, match: re.Match[str], name: str) -> str:
-    """The block a tensor belongs to: its name up to the last index, or its top-level module."""
-    ends = [match.end(variable) for variable in line.pattern.groupindex]
-    return name[: max(ends)] if ends else name.split(".")[0]
-
-
-def get_attribute(root: Any, path: str) -> Any:
-    """Follow a dotted path through attributes, list positions and keys; ``None`` where it does not exist."""
-    for part in path.split("."):
-        if isinstance(root, Mapping):
-            root = root.get(part)
-        elif part.isdigit() and not hasattr(root, part):
-            root = root[int(part)] if hasattr(root, "__getitem__") and int(part) < len(root) else None
-        else:
-            root = getattr(root, part, None)
-        if root is None:
-            return None
-    return root
-
-
-def _attribute_paths(
-    line: Line, indices: list[dict[str, int]], model: nn.Module
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """The paths that an attribute's template stands for in a model."""
-    variables = tuple(line.pattern.groupindex)
-    seen = {tuple(i[v] for v in variables): i for i in indices if set(variables) <= set(i)} if variables else {(): {}}
-    for index in seen.values():
-        path = line.template
-        for variable in variables:
-            path = path.replace(f"{{{variable}}}", str(index[variable]))
-        if isinstance(get_attribute(model, path), int):
-            yield path, {v: index[v] for v in variables}
 
 
 def _solve(equations: list[tuple[Axis, int]], dimensions: Mapping[str, tuple[Kind, str | None, Any]]) -> dict[str, int]:
@@ -251,37 +154,44 @@ def space_for(
         file: a search-space file of your own, or a folder of them; default: see :mod:`sidt.space.finding`.
 
     Raises:
-        InputError: the model has no space, a parameter matches no line or several, or sizes do not fit.
+        InputError: the model has no space, a parameter matches no line (and is in no module that stays whole) or
+            several, or sizes do not fit.
     """
     family = family_of(model) if file is None else family_of(model, Path(file))
-    binder = _Binder(family)
     tensors: dict[str, tuple[Tensor, bool]] = {name: (p, False) for name, p in model.named_parameters()}
     tensors |= {name: (b, True) for name, b in model.named_buffers()}
+    binder = Binder(family, model, begins_of(family, tensors))
     matches = {}
     missing = []
     for name, (_, is_buffer) in tensors.items():
         match = match_line(family, family.parameters, name)
         if match is not None:
             matches[name] = match
-        elif not is_buffer:
+        elif not is_buffer and not stays_whole(family, name):
             missing.append(name)
     if missing:
         more = f" (and {len(missing) - 1} more: {', '.join(missing[1:9])})" if missing[1:] else ""
         raise InputError(
             f"{type(model).__name__}: the parameter {missing[0]}{more} has no axes; add a line for it to {family.file}"
         )
-    indices = {name: {k: int(v) for k, v in match.groupdict().items()} for name, (_, match) in matches.items()}
+    indices = {
+        name: binder.with_stages({k: int(v) for k, v in match.groupdict().items()})
+        for name, (_, match) in matches.items()
+    }
     for name, (line, _) in matches.items():
         binder.note_last(line, indices[name])
 
-    bound = {
-        name: [binder.bind(a, tuple(tensors[name][0].shape), indices[name], name) for a in line.alternatives]
-        for name, (line, _) in matches.items()
-    }
+    bound = {}
+    for name, (line, _) in matches.items():
+        shape = tuple(tensors[name][0].shape)
+        bound[name] = [binder.bind(a, shape, indices[name], name) for a in line.alternatives if len(a) == len(shape)]
+        if not bound[name]:
+            ranks = " or ".join(sorted({str(len(a)) for a in line.alternatives}))
+            raise InputError(f"{family.file.name}: {name} has {len(shape)} axes, but its line gives {ranks}")
     repeated = {
-        path: [binder.bind(a, (1,), variables, path)[0] for a in line.alternatives]
+        path: [binder.bind(a, (1,), binder.with_stages(variables), path)[0] for a in line.alternatives]
         for line in family.attributes
-        for path, variables in _attribute_paths(line, list(indices.values()), model)
+        for path, variables in attribute_paths(line, list(indices.values()), model)
     }
     equations = [(axes_[0], get_attribute(model, path)) for path, axes_ in repeated.items() if len(axes_) == 1]
     for name, alternatives in bound.items():
@@ -300,12 +210,21 @@ def space_for(
                     f"{family.file.name}: {name} of {type(model).__name__} has shape {list(shape)}, which "
                     f"its line {matches[name][0].text!r} does not fit with {_seen(bound[name], sizes)}"
                 )
-            places[name] = Place(fitting[0], _block(*matches[name], name), is_buffer)
+            places[name] = Place(fitting[0], block_of(*matches[name], name), is_buffer)
+        elif not is_buffer:
+            places[name] = Place(tuple(((extent,),) for extent in tensor.shape), name.split(".")[0], is_buffer)
     attributes = {
         path: next((a for a in axes_ if _fits((a,), (get_attribute(model, path),), sizes)), axes_[-1])
         for path, axes_ in repeated.items()
     }
-    dimensions = _dimensions(binder, places, sizes, getattr(model, "sidt_rotated", ()))
+    dimensions = _dimensions(binder, places, sizes, getattr(model, "sidt_rotated", ()), _normed(model, places))
+    # An axis of attributes alone has chosen alternatives, and is no factor.
+    attributes = {
+        path: axes.chosen(axis, set(dimensions))
+        for path, axis in attributes.items()
+        if axes.names(axis) <= set(dimensions)
+    }
+    places = {n: replace(p, axes=tuple(axes.chosen(a, set(dimensions)) for a in p.axes)) for n, p in places.items()}
     _check_heads(dimensions, family.file)
     attention = {d.name: owner_of(d.name, places) for d in dimensions.values() if d.kind == "heads"}
     cost, axes_of = trace(model, input_size), {name: place.axes for name, place in places.items()}
@@ -338,15 +257,26 @@ def _seen(alternatives: list[tuple[Axis, ...]], sizes: Mapping[str, int]) -> str
     return ", ".join(f"{name}={sizes.get(name, 'unknown')}" for name in used) or "no dimensions"
 
 
+def _normed(model: nn.Module, places: Mapping[str, Place]) -> set[str]:
+    """The dimensions that norms are over."""
+    norms = {f"{name}.weight" for name, m in model.named_modules() if hasattr(m, "normalized_shape")}
+    return {n for name in norms & set(places) for axis in places[name].axes for n in axes.names(axis)}
+
+
 def _dimensions(
-    binder: _Binder, places: Mapping[str, Place], sizes: Mapping[str, int], rotated: Collection[str]
+    binder: Binder,
+    places: Mapping[str, Place],
+    sizes: Mapping[str, int],
+    rotated: Collection[str],
+    normed: Collection[str],
 ) -> dict[str, Dimension]:
     used = {n for place in places.values() for axis in place.axes for n in axes.names(axis)}
     order = {name: position for position, name in enumerate(binder.family.rules)}
     dimensions = {}
     for name in sorted(used, key=lambda n: (binder.dimensions[n][2], order[n.split(".")[0]])):
         kind, per, index = binder.dimensions[name]
-        dimensions[name] = Dimension(name, kind, sizes[name], per, index, name in binder.fixed, name in rotated)
+        inside = name in normed and kind != "width"
+        dimensions[name] = Dimension(name, kind, sizes[name], per, index, name in binder.fixed, name in rotated, inside)
     for parameter, place in places.items():
         for term in (term for axis in place.axes for term in axis):
             for name in (s for s in term if isinstance(s, str)):

@@ -9,7 +9,7 @@ counter's, halved (it counts a multiply-add as 2).
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidt.errors import InputError
+from sidt.space.products import Follows, Products
 
 InputSize = tuple[int, int, int]  # channels, height, width
 Forward = Callable[[nn.Module, Tensor], object]  # runs a model on a batch of images
@@ -36,28 +37,44 @@ class Trace:
         module_macs: multiply-adds under each module, by name ("" is the whole model).
         input_size: channels, height, width of the image.
         order: the parameters in the order in which they are used first.
+        products: for each module, the multiply-adds of what no layer multiplies, by the sizes that they follow.
     """
 
     positions: Mapping[str, tuple[tuple[int, int, int], ...]]
     module_macs: Mapping[str, int]
     input_size: InputSize
     order: tuple[str, ...]
+    products: Mapping[str, Mapping[Follows, int]]
+
+    def products_in(self, module: str) -> Counter[Follows]:
+        """The multiply-adds of the products under a module, by the sizes that they follow."""
+        found: Counter[Follows] = Counter()
+        for name, macs in self.products.items():
+            if name == module or name.startswith(f"{module}."):
+                found.update(macs)
+        return found
 
 
 def input_size_of(model: nn.Module) -> InputSize:
-    """The image size that a backbone was built for, by timm's conventions.
+    """The image size that a backbone was built for, by timm's conventions or Hugging Face's.
 
     Raises:
         InputError: the model does not say; the caller must give it.
     """
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels = getattr(model, "in_chans", None) or cfg.get("input_size", (3,))[0]
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (3,))[1:]
+    saying = (getattr(model, "patch_embed", None), model)
+    built_for = next((size for m in saying if (size := getattr(m, "img_size", None))), cfg.get("input_size", (3,))[1:])
+    config = getattr(model, "config", None)
+    config = getattr(config, "backbone_config", None) or config  # a detector's own does not say
+    if not built_for and (side := getattr(config, "image_size", None)):
+        channels = getattr(config, "num_channels", channels)
+        built_for = (side, side) if isinstance(side, int) else side
     if not built_for:
         raise InputError(
             f"{type(model).__name__} does not say its image size; give input_size=(3, height, width) (--input)"
         )
-    height, width = built_for
+    height, width = built_for if isinstance(built_for, Sequence) else (built_for, built_for)
     return int(channels), int(height), int(width)
 
 
@@ -76,16 +93,25 @@ def meta_copy(model: nn.Module) -> nn.Module:
 class _Positions(TorchFunctionMode):
     """Counts, for the rows of each weight, the positions that linear layers and convolutions apply them to."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, products: Products) -> None:
         super().__init__()
+        self.products = products
         self.weights = {id(p): (name, p) for name, p in model.named_parameters()}
         self.positions: dict[str, Counter[tuple[int, int]]] = {}
         self.order: dict[str, None] = {}
+        self.all_of: Any = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__bool__ and args[0] is self.all_of:
+            return True  # a model may ask whether no position is padding: none is of an image that is seen alone
         self.order |= {self.weights[id(a)][0]: None for a in (*args, *kwargs.values()) if id(a) in self.weights}
+        self.products.in_layer, self.products.in_attention = func in _LAYERS, func is F.multi_head_attention_forward
+        self.products.attends = func is F.scaled_dot_product_attention
         out = func(*args, **kwargs)
+        self.products.in_layer = self.products.in_attention = self.products.attends = False
+        if func in (Tensor.all, torch.all):
+            self.all_of = out
         if func is F.linear or func in _CONVOLUTIONS:
             weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
             self._add(weight, out.numel() // max(weight.shape[0], 1))
@@ -110,6 +136,7 @@ class _Positions(TorchFunctionMode):
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_LAYERS = (F.linear, *_CONVOLUTIONS, *_TRANSPOSED, F.multi_head_attention_forward)
 
 
 def _layers_of_attention(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, int]]:
@@ -147,13 +174,15 @@ def trace(model: nn.Module, input_size: InputSize | None = None, forward: Forwar
     """
     size = input_size or input_size_of(model)
     model = meta_copy(model)
-    mode = _Positions(model)
     counter = FlopCounterMode(display=False)
     image = torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
     root = _Root(model, forward or nn.Module.__call__)
+    prefix = f"{type(root).__name__}.model."
+    products = Products(image, lambda: max(counter.mod_tracker.parents, key=len).removeprefix(prefix))
+    mode = _Positions(model, products)
     try:
         # The math backend shows attention as the two matrix products it is, on every device and version.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, mode:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), products, counter, mode:
             root(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -162,11 +191,10 @@ def trace(model: nn.Module, input_size: InputSize | None = None, forward: Forwar
         ) from error
     counts = counter.get_flop_counts()
     macs = {"": sum(counts.get("Global", {}).values()) // 2}
-    prefix = f"{type(root).__name__}.model."
     for name, module in reversed(list(model.named_modules())):  # children first
         if name:
             # A list of modules is never called itself: what is under it is what is under its children.
             children = sum(macs.get(f"{name}.{child}", 0) for child, _ in module.named_children())
             macs[name] = sum(counts[prefix + name].values()) // 2 if prefix + name in counts else children
     positions = {name: tuple((*rows, n) for rows, n in used.items()) for name, used in mode.positions.items()}
-    return Trace(positions, macs, size, tuple(mode.order))
+    return Trace(positions, macs, size, tuple(mode.order), products.macs)

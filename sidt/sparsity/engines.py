@@ -25,6 +25,7 @@ class BlockSparseLinear(nn.Module):
             columns: inputs in a tile.
         """
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features  # sliced attentions read them
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that its sparse layouts are in beta
             self.weight = linear.weight.detach().to_sparse_bsr((rows, columns))

@@ -44,7 +44,7 @@ def purify(model: Model, space: DimensionSpace, scores: Scores, eta: float, sigm
     pure = copy.deepcopy(model)
     tensors = {**dict(pure.named_parameters()), **dict(pure.named_buffers())}
     for name, dimension in space.dimensions.items():
-        if dimension.kind not in INNER_KINDS or dimension.fixed or not empty[name].numel():
+        if dimension.kind not in INNER_KINDS or dimension.fixed or dimension.normed or not empty[name].numel():
             continue
         goes = (empty[name] > eta) & torch.from_numpy(given[name] < sigma)
         for place in space.places:
@@ -71,7 +71,7 @@ def _clear(tensor: Tensor, space: DimensionSpace, place: str, name: str, goes: T
         if name not in names(axis):
             continue
         gone = torch.zeros(tensor.shape[dim], dtype=torch.bool)
-        for start, end, view, kept in views(axis, space.sizes, name, space.per):
+        for at, view, kept in views(axis, space.sizes, name, space.per):
             shape = [size if position in kept else 1 for position, size in enumerate(view)]
-            gone[start:end] = goes.view(shape).expand(*view).reshape(-1)
+            gone[list(at)] = goes.view(shape).expand(view).reshape(-1)
         tensor.movedim(dim, 0)[gone.to(tensor.device)] = 0

@@ -45,9 +45,9 @@ def zero_units(model: nn.Module, space: DimensionSpace, dropped: Mapping[str, Te
         for parameter, place in space.places.items():
             for dim, axis in enumerate(() if place.is_buffer else place.axes):
                 gone = torch.zeros(axis_size(axis, space.sizes), dtype=torch.bool)
-                for start, end, shape, kept in views(axis, space.sizes, name, space.per):
+                for at, shape, kept in views(axis, space.sizes, name, space.per):
                     here = units.view([extent if d in kept else 1 for d, extent in enumerate(shape)])
-                    gone[start:end] |= here.expand(tuple(shape)).reshape(-1)
+                    gone[list(at)] |= here.expand(shape).reshape(-1)
                 if gone.any():
                     tensor = tensors[parameter]
                     tensor[(slice(None),) * dim + (gone.to(tensor.device),)] = 0.0

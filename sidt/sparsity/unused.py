@@ -12,8 +12,8 @@ Removal), on the units of a dimension space. Two steps, both exact up to roundin
 The table of axes says who writes and who reads a unit. What a unit that is written with zero weights gives, through
 whatever stands in between, is seen in one forward pass in float64.
 
-Left as they are, since no zero shows that they are unused: units that statistics are taken over (``name!`` in the
-table: norms of q and k, inside attention or an MLP); q/k of attentions whose logits are no plain products (cosine,
+Left as they are, since no zero shows that they are unused: units that statistics are taken over (by norms of q
+and k, inside attention or an MLP); q/k of attentions whose logits are no plain products (cosine,
 rotary); products of two units of which one is constant (SwiGLU, gated attention), unless nobody reads them; constants
 other than 0 behind a zero-padded convolution, which sees its border (PVT's MLP), and those whose reader has no bias;
 the width, since every norm counts it.
@@ -78,11 +78,14 @@ def unused_plan(model: nn.Module, space: DimensionSpace | None = None) -> Dimens
             continue
         qk, v = sorted((d for d in space.dimensions.values() if d.per == heads), key=lambda d: d.kind)
         live = _read(model, space, v)
-        stay = np.arange(len(live)) if space.dimensions[heads].fixed else np.flatnonzero(live.any(1))
+        own = space.dimensions[heads]
+        mixed = [t for name in space.mixing(heads) for t in _touched(space, own, name, 1, model.get_parameter(name))]
+        used = np.flatnonzero(_any([np.asarray(live.any(1)), *mixed]))
+        stay = np.arange(len(live)) if own.fixed or own.normed else used
         keep[heads] = stay
         if not len(stay):
             continue
-        if not v.fixed:
+        if not (v.fixed or v.normed):
             keep[v.name] = _alike(live[stay])
         if not qk.fixed and is_bilinear(model.get_submodule(owner), space.forwards):
             keep[qk.name] = _alike(_compared(model, space, qk)[stay])
@@ -121,7 +124,7 @@ def _free(space: DimensionSpace, kind: str) -> Iterator[Dimension]:
     """The dimensions of a kind that have units and over which no statistics are taken."""
     sizes = space.sizes
     for d in space.dimensions.values():
-        if d.kind == kind and not d.fixed and d.size and (d.per is None or sizes[d.per]):
+        if d.kind == kind and not (d.fixed or d.normed) and d.size and (d.per is None or sizes[d.per]):
             yield d
 
 
@@ -141,9 +144,9 @@ def _touched(space: DimensionSpace, dimension: Dimension, place: str, dim: int, 
     """For each stretch of a tensor axis that holds a dimension: which units have an entry that is not zero."""
     along = (tensor.detach() != 0).movedim(dim, 0).reshape(tensor.shape[dim], -1).any(1).cpu().numpy()
     found = []
-    for start, end, view, kept in views(space.places[place].axes[dim], space.sizes, dimension.name, space.per):
+    for at, view, kept in views(space.places[place].axes[dim], space.sizes, dimension.name, space.per):
         rest = tuple(position for position in range(len(view)) if position not in kept)
-        found.append(np.asarray(along[start:end].reshape(view).any(axis=rest)))
+        found.append(np.asarray(along[list(at)].reshape(view).any(axis=rest)))
     return found
 
 
@@ -240,9 +243,9 @@ def _columns(space: DimensionSpace, dimension: Dimension, weight: str) -> Tensor
     """The column of each unit in a weight; ``None`` if a unit has several."""
     axis = space.places[weight].axes[1]
     found = views(axis, space.sizes, dimension.name, space.per)
-    if len(found) != 1 or len(found[0][2]) != len(found[0][3]):
+    if len(found) != 1 or len(found[0].shape) != len(found[0].kept):
         return None
-    return torch.arange(found[0][0], found[0][1])
+    return torch.tensor(found[0].at)
 
 
 def _extremes(

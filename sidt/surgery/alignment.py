@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sidt.space.axes import Axis, axis_size, term_size
+from sidt.space.axes import Axis, axis_size, layout
 from sidt.space.space import DimensionSpace, space_for
 from sidt.surgery.heads import with_head
 from sidt.surgery.moments import Moments
@@ -103,15 +103,15 @@ class _Sites:
     """Where the units of q/k or v of one attention live.
 
     Attributes:
-        writers: weights, and the first of the rows; q before k.
+        writers: weights, the first of the rows, and from which row to which each next head begins; q before k.
         biases: the same of their biases, if they have any.
         reader: the weight that has them as its columns, for v.
         heads: how many heads.
         size: units in each.
     """
 
-    writers: tuple[tuple[str, int], ...]
-    biases: tuple[tuple[str, int], ...]
+    writers: tuple[tuple[str, int, int], ...]
+    biases: tuple[tuple[str, int, int], ...]
     reader: str | None
     heads: int
     size: int
@@ -120,22 +120,23 @@ class _Sites:
 def _sites(space: DimensionSpace, heads: str, kind: str) -> _Sites | None:
     """None if something beside the writers, their biases and the reader knows the units."""
     child = next(d for d in space.dimensions.values() if d.per == heads and d.kind == kind)
-    writers: list[tuple[str, int]] = []
-    biases: list[tuple[str, int]] = []
-    readers, others = [], child.fixed or not space.sizes[heads]
+    writers: list[tuple[str, int, int]] = []
+    biases: list[tuple[str, int, int]] = []
+    if child.fixed or child.normed or not space.sizes[heads]:
+        return None
+    readers, others = [], False
     for name, place in space.places.items():
         for position, axis in enumerate(place.axes):
-            offset = 0
-            for term in axis:
+            for term, at in layout(axis, space.sizes):
                 if child.name in term:
                     if term != (heads, child.name):
                         others = True
                     elif position == 1 and len(axis) == 1:
                         readers.append(name)
                     elif position == 0:
-                        (biases if len(place.axes) == 1 else writers).append((name, offset))
+                        step = int(at[-1, 0] - at[0, 0]) // max(len(at) - 1, 1)
+                        (biases if len(place.axes) == 1 else writers).append((name, int(at[0, 0]), step))
                     others = others or place.is_buffer
-                offset += term_size(term, space.sizes)
     count = 2 if kind == "qk" else 1
     complete = len(writers) == count and len(biases) in (0, count) and len(readers) == 2 - count
     if others or not complete:
@@ -145,17 +146,18 @@ def _sites(space: DimensionSpace, heads: str, kind: str) -> _Sites | None:
     )
 
 
-def _stretch(model: nn.Module, site: tuple[str, int], sites: _Sites) -> Tensor:
+def _stretch(model: nn.Module, site: tuple[str, int, int], sites: _Sites) -> Tensor:
     """A view of the rows of all heads: [heads, size, columns], or [heads, size] of a bias."""
-    name, start = site
-    tensor = model.get_parameter(name).data[start : start + sites.heads * sites.size]
-    return tensor.view(sites.heads, sites.size, *tensor.shape[1:])
+    name, start, step = site
+    tensor = model.get_parameter(name).data[start:]
+    row, *columns = tensor.stride()
+    return tensor.as_strided((sites.heads, sites.size, *tensor.shape[1:]), (step * row, row, *columns))
 
 
 def _align_qk(model: nn.Module, sites: _Sites, moments: Moments) -> None:
     q, k = (_stretch(model, site, sites) for site in sites.writers)
     biases = [_stretch(model, site, sites) for site in sites.biases]
-    read_q, read_k = (moments.read_by(*site) for site in sites.writers)
+    read_q, read_k = (moments.read_by(name, start) for name, start, _ in sites.writers)
     mean = read_k[-1, :-1]
     spread_k = read_k[:-1, :-1] - torch.outer(mean, mean)
     for head in range(sites.heads):

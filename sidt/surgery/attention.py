@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention as VitAttention
 from timm.layers.attention import AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from timm.models.pvt_v2 import Attention as PvtV2Attention
 from timm.models.pvt_v2 import MlpWithDepthwiseConv as PvtV2Mlp
 from timm.models.swin_transformer import WindowAttention as SwinAttention
 from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from torch import Tensor, nn
+
+from sidt.surgery.rotary import own_angles, turned
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class Forward:
             q/k size and v size.
         scale: the scale of a dense module, kept as its attribute ``scale`` if the plain class has none.
         bilinear: whether logits are products of q and k, so that a basis of both may be chosen.
+        rotary: whether it turns pairs of q/k rows by angles that it is given, and knows by ``turned`` and
+            ``turned_heads`` which of them are its own; see :func:`sidt.surgery.rotary.remember_pairs`.
     """
 
     sliced: type[nn.Module]
     takes: Callable[[Any, int, int, int], bool]
     scale: Callable[[Any], float] | None = None
     bilinear: bool = True
+    rotary: bool = False
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -93,6 +97,7 @@ def attend(
 
 
 torch.fx.wrap("attend")
+torch.fx.wrap("own_angles")  # it looks at sizes, too
 
 
 class SlicedVitAttention(VitAttention):
@@ -171,14 +176,11 @@ class SlicedPvtV2Attention(PvtV2Attention):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
-def _turned(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
-    """[B, heads, N, qk] with rotary positions, but for the tokens of the prefix; ``rope`` is sine and cosine."""
-    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
-    return torch.cat([x[:, :, :prefix], turned], dim=2).type_as(x)
-
-
 class SlicedEvaAttention(EvaAttention):
-    """timm's EVA attention, with rotary positions or without, for any head count and v size."""
+    """timm's EVA attention, with rotary positions or without, for any head count, pairs of q and k, and v size."""
+
+    turned: Tensor | None
+    turned_heads: Tensor | None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -194,8 +196,9 @@ class SlicedEvaAttention(EvaAttention):
             v = _heads(self.v_proj(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
-            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+            angles = own_angles(rope, self.turned_heads, self.turned, self.num_heads)
+            q = turned(q, angles, self.num_prefix_tokens, self.rotate_half)
+            k = turned(k, angles, self.num_prefix_tokens, self.rotate_half)
         drop = self.attn_drop.p if self.training else 0.0
         out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
         if self.gate is not None:
@@ -204,10 +207,13 @@ class SlicedEvaAttention(EvaAttention):
 
 
 class SlicedRopeAttention(AttentionRope):
-    """timm's attention with rotary positions for any head count and v size, as many of q as of k and v.
+    """timm's attention with rotary positions for any head count (as many of q as of k and v), pairs of q and k, v size.
 
     Most of it stands in :class:`SlicedEvaAttention` too: torch.jit.script compiles no function that takes a module.
     """
+
+    turned: Tensor | None
+    turned_heads: Tensor | None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -222,8 +228,9 @@ class SlicedRopeAttention(AttentionRope):
             v = _heads(self.v_proj(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q = _turned(q, rope, self.num_prefix_tokens, self.rotate_half)
-            k = _turned(k, rope, self.num_prefix_tokens, self.rotate_half)
+            angles = own_angles(rope, self.turned_heads, self.turned, self.num_heads)
+            q = turned(q, angles, self.num_prefix_tokens, self.rotate_half)
+            k = turned(k, angles, self.num_prefix_tokens, self.rotate_half)
         drop = self.attn_drop.p if self.training else 0.0
         out = self.norm(attend(q, k, v, self.scale, attn_mask, drop, is_causal).transpose(1, 2).flatten(2))
         if self.gate is not None:
@@ -287,8 +294,8 @@ FORWARDS: dict[type[nn.Module], Forward] = {
     ),  # cosine attention: its scale is learned
     PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
     AttentionPoolLatent: Forward(SlicedLatentPool, _fills_what_it_reads),
-    EvaAttention: Forward(SlicedEvaAttention, _fills_the_width_at_scale, bilinear=False),  # rotary positions stand
-    AttentionRope: Forward(SlicedRopeAttention, _scale_is_of, bilinear=False),  # between its q and k
+    EvaAttention: Forward(SlicedEvaAttention, _fills_the_width_at_scale, bilinear=False, rotary=True),
+    AttentionRope: Forward(SlicedRopeAttention, _fills_the_width_at_scale, bilinear=False, rotary=True),
 }
 
 # Sublayers that need another class when no unit is left, beside that of FORWARDS.

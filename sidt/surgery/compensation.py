@@ -36,7 +36,7 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
     """Slice a model by a plan and repair the layers that lost inputs: heads, v, mlp, and the width if it is rotated.
 
     A few hundred images are enough for the moments; the repair itself takes milliseconds a layer. Layers that lost
-    units of a width that is not rotated are sliced plainly; see :func:`refit_width`.
+    units of a width that is not rotated, or units behind a norm over them, are sliced plainly; see :func:`refit_width`.
 
     Args:
         model: the dense model.
@@ -94,7 +94,7 @@ def refit_width(
     forward: Forward = run_images,
     progress: bool = True,
 ) -> Model:
-    """Refit the layers that lost width, one after the other in the order they run.
+    """Refit the layers that lost width, or units of a norm before them, one after the other in the order they run.
 
     Norms have other statistics over fewer units, so what such a layer reads is not a part of what it read before: both
     models run on the images, and each layer is fitted to what the dense one writes, given what the sliced one reads by
@@ -112,7 +112,7 @@ def refit_width(
         InputError: there is no batch.
 
     Returns:
-        A copy of the sliced model; the sliced model itself if it lost no width.
+        A copy of the sliced model; the sliced model itself if no norm lost units.
     """
     space, lost = plan.space, _lost_width(plan)
     if not lost:
@@ -131,8 +131,8 @@ def refit_width(
 
 def _lost_width(plan: DimensionPlan) -> list[str]:
     space, sizes = plan.space, plan.sizes
-    widths = [d for d in space.dimensions.values() if d.kind == "width" and not d.ordered]
-    lost = {d.name for d in widths if sizes[d.name] < d.size}
+    behind = [d for d in space.dimensions.values() if (d.kind == "width" and not d.ordered) or d.normed]
+    lost = {d.name for d in behind if sizes[d.name] < d.size}
     return [
         name
         for name, place in space.places.items()
@@ -212,12 +212,12 @@ def refit(weight: Tensor, missing: Tensor, moment: Tensor) -> Tensor:
 
 
 def readers(space: DimensionSpace) -> list[str]:
-    """The weights whose inputs are heads, v or mlp units and nothing else."""
+    """The weights whose inputs are heads, v or mlp units and nothing else, not behind a norm over them."""
     found = []
     for name, place in space.places.items():
         if name in space.trace.positions and len(place.axes) > 1:  # of a layer, not a table
-            kinds = {space.dimensions[n].kind for n in names(place.axes[1])}
-            if kinds and kinds <= {"heads", "v", "mlp"}:
+            read = [space.dimensions[n] for n in names(place.axes[1])]
+            if read and {d.kind for d in read} <= {"heads", "v", "mlp"} and not any(d.normed for d in read):
                 found.append(name)
     return found
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sidt.errors import InputError
-from sidt.space.axes import Axis, axis_size, kept_indices
+from sidt.space.axes import Axis, axis_size, kept_indices, names
+from sidt.space.binding import get_attribute
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import VANISHING, Dimension, DimensionSpace, get_attribute, owner_of
+from sidt.space.space import VANISHING, Dimension, DimensionSpace, owner_of
+from sidt.surgery.norms import count_what_is_gone
+from sidt.surgery.rotary import BUFFERS, remember_pairs, rows_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def slice_model(model: Model, plan: DimensionPlan) -> Model:
     """A smaller dense model that has only the units of the plan. The given model is not changed.
 
-    Layers stay timm's and torch's own; only an attention whose forward cannot take the sizes gets another.
-    The attention scale stays that of the dense model. The plan is kept as ``sidt_plan`` for
-    :func:`sidt.save`; slicing a sliced model composes the plans.
+    Layers stay timm's and torch's own; only an attention whose forward cannot take the sizes gets another, and a norm
+    inside a sublayer one that counts what is gone (:mod:`sidt.surgery.norms`). The attention scale stays that of the
+    dense model. The plan is kept as ``sidt_plan`` for :func:`sidt.save`; slicing a sliced model composes the plans.
 
     A sublayer without heads or hidden units adds its output bias. Its other parameters stay in place without
     entries (so they ask for no gradient).
@@ -49,11 +53,17 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
             trains = getattr(module, leaf).requires_grad and tensor.numel() > 0
             setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=trains))
         _follow(module)
+        if hasattr(module, "normalized_shape") and any(space.dimensions[n].normed for n in names(place.axes[0])):
+            count_what_is_gone(module, axis_size(place.axes[0], space.sizes), name)
     sizes = plan.sizes
     for heads, owner in space.attention.items():
-        names = (heads, _child(space, heads, "qk"), _child(space, heads, "v"))
-        pruned = any(sizes[n] < space.sizes[n] for n in names)
-        _take_sizes(sliced.get_submodule(owner), *(sizes[n] for n in names), pruned=pruned, library=library)
+        own = (heads, _child(space, heads, "qk"), _child(space, heads, "v"))
+        pruned = any(sizes[n] < space.sizes[n] for n in own)
+        rows = math.prod(s for s in rows_of(plan, *own[:2]) if isinstance(s, int)) * sizes[own[1]]
+        attention = sliced.get_submodule(owner)
+        _take_sizes(attention, sizes[heads], rows, sizes[own[2]], pruned=pruned, library=library)
+        if type(attention) in {f.sliced for f in library.FORWARDS.values() if f.rotary}:
+            remember_pairs(attention, plan, *own[:2])
     for name, dimension in space.dimensions.items():
         if dimension.kind in VANISHING and dimension.size and not sizes[name]:
             _empty(list(_around(sliced, owner_of(name, space.places))), dimension, library)
@@ -153,6 +163,9 @@ def _change_forward(module: Any, forward: Any) -> None:
     """Change the class and nothing else: weights, names, hooks and scale stay as they are."""
     if forward.scale is not None:
         module.scale = forward.scale(module)
+    if forward.rotary:
+        for name in BUFFERS:
+            module.register_buffer(name, None, persistent=False)
     module.__class__ = forward.sliced
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from backbones import BACKBONES, PVT, SWIN_V2, VIT_TINY, dense, random_plan
+from backbones import BACKBONES, PVT, VIT_TINY, dense, random_plan
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
@@ -18,6 +18,7 @@ from sidt.importance.scores import load_importance
 from sidt.runs import pipeline
 from sidt.runs.folder import open_run
 from sidt.space.families import INNER_KINDS, KINDS
+from sidt.space.outputs import tensors_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.slicing import mask_model, slice_model
@@ -32,7 +33,7 @@ def backbone(request):
 
 def outputs(model, images):
     found = model(images)
-    return (found,) if isinstance(found, torch.Tensor) else tuple(found)
+    return tuple(tensors_of(found))
 
 
 @torch.no_grad()
@@ -51,8 +52,15 @@ def close(some, others):
 
 def with_gates(backbone, placement="sidt", kinds=KINDS, **options):
     model, space = dense(backbone)
+    if placement == "vit-slim" and apart(space):
+        pytest.skip("q and k of another size than v share no gate with it")
     model = copy.deepcopy(model)
     return model, gated(model, space, placement=placement, kinds=kinds, **options)
+
+
+def apart(space):
+    """Whether q and k have another size than v, as in differential attention."""
+    return any(n.startswith("qk.") and size != space.sizes[f"v.{n[3:]}"] for n, size in space.sizes.items())
 
 
 def shaken(gates):
@@ -96,10 +104,12 @@ def test_gated_is_folded(backbone, placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_removing_gates_restores_the_model(backbone, placement):
-    original, _ = dense(backbone)
+    original, space = dense(backbone)
+    if placement == "vit-slim" and apart(space):
+        pytest.skip("q and k of another size than v share no gate with it")
     model = copy.deepcopy(original)
     before = anatomy(model)
-    gates = gated(model, dense(backbone)[1], placement=placement, kinds=KINDS)
+    gates = gated(model, space, placement=placement, kinds=KINDS)
     assert set(before[1]) < set(model.state_dict())  # every tensor keeps its name
     shaken(gates).remove(fold=False)
     assert anatomy(model) == before
@@ -113,11 +123,13 @@ def test_removing_gates_restores_the_model(backbone, placement):
 def test_gradients_reach_every_gate(backbone, placement):
     model, gates = with_gates(backbone, placement)
     sum(part.square().mean() for part in outputs(model, backbone.images())).backward()
+    # Some MLP units may be where GELU is flat, and many where ReLU is, which these have.
+    share = 0.5 if backbone.name.startswith(("Detr", "Mask2Former")) else 0.9
     for name, parameter in gates.gates.items():
-        # Some MLP units may be where GELU is flat.
-        assert parameter.grad.isfinite().all() and parameter.grad.ne(0).float().mean() > 0.9, name
+        assert parameter.grad.isfinite().all() and parameter.grad.ne(0).float().mean() > share, name
     reached = [p for name, p in model.named_parameters() if p.grad is not None]
-    assert len(reached) >= len(list(dense(backbone)[0].parameters()))  # the weights learn too
+    learned = [p for p in dense(backbone)[0].parameters() if p.requires_grad]  # DETR freezes the start of its ResNet
+    assert len(reached) >= len(learned)  # the weights learn too
 
 
 def test_every_free_unit_has_its_gate(backbone):
@@ -132,8 +144,9 @@ def test_every_free_unit_has_its_gate(backbone):
 def test_gates_of_zero_are_a_mask(backbone):
     """An independent look at where the gates stand: what they silence is what slicing removes."""
     model, space = dense(backbone)
-    # Cosine attention divides k by its norm, which a gate on q does not change.
-    kinds = tuple(kind for kind in INNER_KINDS if kind != "qk" or backbone != SWIN_V2)
+    # Cosine attention divides k by its norm, which a gate on q does not change; nor do gates stand before inner norms.
+    without = {d.kind for d in space.dimensions.values() if d.normed} | ({"qk"} if "swinv2" in backbone.name else set())
+    kinds = tuple(kind for kind in INNER_KINDS if kind not in without)
     plan = random_plan(space, 0, kinds)
     gated_model, gates = with_gates(backbone, kinds=kinds)
     with torch.no_grad():

@@ -24,7 +24,17 @@ def devices_for(load):
     ]
 
 
-@pytest.mark.parametrize("backbone", TIMM_BACKBONES, ids=str)
+# Attention and MLP side by side in one module are one piece.
+IN_ONE_PIECE = [b for b in TIMM_BACKBONES if any(word in b.name for word in ("_xp_", "pwee"))]
+
+
+@pytest.mark.parametrize("backbone", IN_ONE_PIECE, ids=str)
+def test_what_is_one_piece(backbone, refused):
+    with refused("one piece"):
+        workload_of(*dense(backbone), 2)
+
+
+@pytest.mark.parametrize("backbone", [b for b in TIMM_BACKBONES if b not in IN_ONE_PIECE], ids=str)
 @pytest.mark.parametrize("sliced", [False, True], ids=["dense", "sliced"])
 def test_shards_add_up_to_the_model(backbone, sliced):
     model, space = dense(backbone)

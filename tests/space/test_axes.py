@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidt.space import axes
-from sidt.space.axes import Factor, Present
+from sidt.space.axes import Factor, Part, Present
 
 PER = {"u": "h"}  # h heads, each with u units of its own; w stands alone
 
@@ -33,9 +33,29 @@ def test_parse_alternatives_and_several_indices():
     assert line == (((factor("a", "s+1"),), (factor("a", "s-1"),)),)
 
 
+def test_parse_a_sum_inside_a_product():
+    (line,) = axes.parse_line("2 heads (qk + v.{s+1}) + embed, heads(qk)")
+    outer = (Factor(number=2), factor("heads"))
+    assert line[0] == ((*outer, factor("qk")), (*outer, factor("v", "s+1")), (factor("embed"),))
+    assert [(type(t), getattr(t, "shared", 0), getattr(t, "first", None)) for t in line[0]] == [
+        (Part, 2, True),
+        (Part, 2, False),
+        (tuple, 0, None),
+    ]
+    bound = axes.bind(line[0], 7, lambda f: f"{f.name}.0")
+    assert bound == ((2, "heads.0", "qk.0"), (2, "heads.0", "v.0"), ("embed.0",))
+    for same in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        assert same == bound and [t.first for t in same[:2]] == [True, False] and same[1].shared == 2
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("h (a + )", ["empty axis or term", "'h (a + )'"]),
+        ("(a + b)", ["'(a'"]),
+        ("h (a + b) c", ["'(a'"]),
+        ("h (a + g (b + c))", ["'(a'"]),
+        ("h (a + b", ["'(a'"]),
         ("", ["empty axis", "''"]),
         ("embed,", ["empty axis", "'embed,'"]),
         ("a + , b", ["empty axis", "'a + , b'"]),
@@ -79,7 +99,10 @@ THERE = Present("h")
 terms = st.sampled_from(
     [("h", "u"), ("h",), ("w",), (3, "w"), ("h", 2, "u"), ("w", "h", "u"), (4,), ("h", "u", "w"), (THERE, "w")]
 )
-bound_axes = st.lists(terms, min_size=1, max_size=3).map(tuple)
+inside = st.lists(st.sampled_from([("u",), ("w",), (2, "u"), (3,)]), min_size=1, max_size=3)
+sums = inside.map(lambda all_of: [Part(("h", *each), 1, i == 0) for i, each in enumerate(all_of)])
+summands = terms.map(lambda term: [term]) | sums
+bound_axes = st.lists(summands, min_size=1, max_size=3).map(lambda found: tuple(t for each in found for t in each))
 
 
 def shape(term, sizes):
@@ -142,19 +165,44 @@ def choices(draw):
     return size, {name: np.array(k, dtype=int).reshape(shapes[name]) for name, k in keep.items()}
 
 
+def entries(axis, size):
+    """Walk over every position of the axis: the index of each symbol there, by symbol."""
+    pending = list(axis)
+    while pending:
+        term = pending.pop(0)
+        if not isinstance(term, Part):
+            for flat in range(np.prod(shape(term, size), dtype=int)):
+                yield dict(zip(term, np.unravel_index(flat, shape(term, size)), strict=True))
+            continue
+        beside = [term]
+        while pending and isinstance(pending[0], Part) and not pending[0].first:
+            beside.append(pending.pop(0))
+        for head in range(size["h"]):
+            for each in beside:
+                for at in entries([tuple(each[1:])], size):
+                    yield {"h": head, **at}
+
+
 def brute_force(axis, size, keep):
-    """Walk over every position of the axis and ask each symbol whether it stays."""
-    positions, offset = [], 0
-    for term in axis:
-        for flat in range(np.prod(shape(term, size), dtype=int)):
-            at = dict(zip(term, np.unravel_index(flat, shape(term, size)), strict=True))
-            stays = all(at[n] in keep[n] for n in ("h", "w") if n in at) and (THERE not in at or len(keep["h"]))
-            if stays and "u" in at:
-                stays = at["u"] in keep["u"][list(keep["h"]).index(at["h"])]
-            if stays:
-                positions.append(offset + flat)
-        offset += flat + 1
+    """Ask each symbol at every position of the axis whether it stays."""
+    positions = []
+    for position, at in enumerate(entries(axis, size)):
+        stays = all(at[n] in keep[n] for n in ("h", "w") if n in at) and (THERE not in at or len(keep["h"]))
+        if stays and "u" in at:
+            stays = at["u"] in keep["u"][list(keep["h"]).index(at["h"])]
+        if stays:
+            positions.append(position)
     return positions
+
+
+def test_a_sum_inside_a_product_takes_turns():
+    axis = (Part(("h", "u"), 1), Part(("h", "w"), 1, first=False), ("w",))
+    keep = {"h": np.array([1]), "u": np.array([[0, 2]]), "w": np.array([1])}
+    size = {"h": 2, "u": 3, "w": 2}
+    assert axes.axis_size(axis, size) == 12 and axes.solve(axis, 12, {"u": 3, "w": 2}) == ("h", 2)
+    assert axes.kept_indices(axis, size, keep, PER).tolist() == [5, 7, 9, 11]
+    (stretch,) = axes.views(axis, size, "u", PER)
+    assert stretch == ((0, 1, 2, 5, 6, 7), (2, 3), (0, 1))
 
 
 @given(bound_axes, choices())
@@ -176,15 +224,11 @@ def test_views_sum_to_what_index_arithmetic_sums(axis, size, name):
     values = np.random.default_rng(0).integers(0, 100, axes.axis_size(axis, size))
     parents = (size["h"],) if name in PER else ()
     expected = np.zeros((*parents, size[name]), dtype=int)
-    offset = 0
-    for term in axis:
-        for flat in range(np.prod(shape(term, size), dtype=int)):
-            at = dict(zip(term, np.unravel_index(flat, shape(term, size)), strict=True))
-            if name in at:
-                expected[(at["h"], at["u"]) if name in PER else at[name]] += values[offset + flat]
-        offset += flat + 1
+    for position, at in enumerate(entries(axis, size)):
+        if name in at:
+            expected[(at["h"], at["u"]) if name in PER else at[name]] += values[position]
     seen = np.zeros_like(expected)
-    for start, end, stretch, kept in axes.views(axis, size, name, PER):
+    for where, stretch, kept in axes.views(axis, size, name, PER):
         others = tuple(d for d in range(len(stretch)) if d not in kept)
-        seen += values[start:end].reshape(stretch).sum(axis=others)
+        seen += values[list(where)].reshape(stretch).sum(axis=others)
     assert (seen == expected).all()

@@ -2,8 +2,8 @@
 
 import pytest
 import timm
-from backbones import MMDET_PVT, SWIN, VIT_TINY, dense
-from timm.models.vision_transformer import DiffAttention, VisionTransformer
+from backbones import MMDET_PVT, SWIN, TIMM_BACKBONES, VIT_TINY, dense
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sidt.space.finding import families
@@ -78,10 +78,23 @@ def test_what_the_first_stage_reads_is_not_searched():
     assert [n for n in space.dimensions if n.startswith("embed")] == [f"embed.{stage}" for stage in range(4)]
 
 
-def test_norms_fix_what_they_take_statistics_over():
+@pytest.mark.parametrize(("name", "read", "written"), [("mvitv2_tiny", 0, 0), ("mvitv2_large", 1, 1)])
+def test_a_module_that_is_there_says_which_width_a_block_has(name, read, written):
+    """A width is projected by the next stage's first block, or by a stage's last one; the first has none before it."""
+    _, space = dense(next(b for b in TIMM_BACKBONES if b.name == name))
+    axes = {parameter: place.axes for parameter, place in space.places.items()}
+    assert axes["stages.0.blocks.0.norm1.weight"] == ((("embed.0",),),)
+    assert axes["stages.1.blocks.0.attn.qkv.weight"][1] == ((f"embed.{read}",),)
+    assert axes["stages.1.blocks.1.norm1.weight"] == ((("embed.1",),),)
+    assert axes["stages.0.blocks.0.mlp.fc2.bias"] == (((f"embed.{written}",),),)
+    assert space.attributes["feature_info.0.num_chs"] == ((f"embed.{written}",),)
+
+
+def test_what_norms_take_statistics_over():
     model = timm.create_model("beit3_base_patch16_224", depth=1, embed_dim=48, num_heads=4)
-    fixed = {name for name, d in space_for(model).dimensions.items() if d.fixed}
-    assert fixed == {"heads.0", "v.0", "hidden.0"}
+    space = space_for(model)
+    assert {name for name, d in space.dimensions.items() if d.normed} == {"heads.0", "v.0", "hidden.0"}
+    assert not any(d.fixed for d in space.dimensions.values())
     qk_norm = timm.create_model("vit_tiny_patch16_224", depth=1, qk_norm=True)
     assert {name for name, d in space_for(qk_norm).dimensions.items() if d.fixed} == {"qk.0"}
 
@@ -100,7 +113,7 @@ def test_families():
         "swin_v2",
         "pvt_v2",
         "mmdet_swin",
-        "mmdet_pvt_v2",
+        "mmdet_pvt",
     }
 
 
@@ -119,9 +132,10 @@ def test_a_parameter_without_axes(refused, described):
     model.extra = nn.Linear(2, 3)
     with refused("Net", "extra.weight", "mine.yaml"):
         described(model=model)
-    parts = {"attn_layer": DiffAttention, "depth": 1, "embed_dim": 48, "num_heads": 4}
-    with refused("VisionTransformer", "blocks.0.attn.lambda", "vit.yaml"):
-        space_for(timm.create_model("vit_tiny_patch16_224", **parts))
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    vit.blocks[0].attn.extra = nn.Linear(2, 3)
+    with refused("VisionTransformer", "blocks.0.attn.extra", "vit.yaml"):
+        space_for(vit)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +238,28 @@ def test_slicing_with_a_users_own_file(described):
     assert (sliced.fc1.weight == model.fc1.weight[[1, 4]]).all() and (
         sliced.fc2.weight == model.fc2.weight[:, [1, 4]]
     ).all()
+
+
+def test_what_is_whole_needs_no_line(described, refused):
+    text = GOOD.replace("  fc2.weight: _, hidden\n  fc2.bias: _\n", "whole: [fc2]\n")
+    space = described(text)
+    assert space.places["fc2.weight"].axes == (((4,),), ((5,),)) and space.places["fc2.weight"].block == "fc2"
+    with refused("fc2.weight", "has no axes"):  # a module is named, and not how a name begins
+        described(text.replace("[fc2]", "[fc]"))
+
+
+def test_stages_of_a_flat_list(refused, described):
+    (hiera,) = (b for b in TIMM_BACKBONES if b.name == "hiera_tiny_224")
+    _, space = dense(hiera)
+    widths = {n: space.places[f"blocks.{n}.attn.qkv.weight"].axes[1] for n in range(5)}
+    assert widths == {
+        0: (("embed.0",),),
+        1: (("embed.0",),),
+        2: (("embed.1",),),
+        3: (("embed.1",),),
+        4: (("embed.2",),),
+    }
+    assert space.places["head.norm.weight"].axes == ((("embed.3",),),)
+    assert space.attributes["feature_info.2.num_chs"] == (("embed.2",),)
+    with refused("mine.yaml", "stages", "one index"):
+        described(GOOD + "stages: {s: fc1.weight}\n")

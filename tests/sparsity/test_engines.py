@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from backbones import Backbone, dense, random_plan
@@ -38,6 +39,16 @@ def test_skipping_tiles_is_multiplying_by_zeros(tiled):
     with torch.inference_mode():
         assert_close(twin(images), model(images), atol=1e-5, rtol=1e-5)
     assert torch.equal(model.blocks[0].mlp.fc1.weight, TILES.project(model.blocks[0].mlp.fc1.weight))
+
+
+def test_a_sliced_attention_skips_tiles_too():
+    model, space = dense(VIT)
+    keep = {f"qk.{i}": np.stack([np.arange(8)] * 2) for i in range(2)}  # of 12, so that q/k and v differ
+    model = sidt.slice_model(model, sidt.DimensionPlan(space, keep))
+    structures = dict.fromkeys(LAYERS, TILES)
+    project(model, structures)
+    with torch.inference_mode():
+        assert_close(block_sparse(model, structures)(VIT.images()), model(VIT.images()), atol=1e-5, rtol=1e-5)
 
 
 def test_engines_that_have_nothing_to_do(tiled, refused):

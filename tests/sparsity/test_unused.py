@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones import (
     BACKBONES,
+    CAIT,
     MMDET_PVT,
     MMDET_SWIN,
     PVT,
@@ -25,6 +26,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sidt.space.axes import names, views
+from sidt.space.outputs import tensors_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.sparsity import fold_constants, remove_unused, unused_plan
@@ -39,7 +41,7 @@ def outputs(model, backbone):
     """What a model gives, in its own precision."""
     with torch.no_grad():
         found = model(backbone.images(1).to(next(model.parameters())))
-    return (found,) if isinstance(found, torch.Tensor) else tuple(found)
+    return tuple(tensors_of(found))
 
 
 def assert_same_outputs(smaller, model, backbone):
@@ -59,11 +61,11 @@ def clear(model, space, name, units, *, dim, weights=True, biases=True, stretche
             if wanted and len(at.axes) > dim and (len(at.axes) > 1) == several
             for view in views(at.axes[dim], space.sizes, name, space.per)
         ]
-        for tensor, start, end, view, kept in found[stretches]:
+        for tensor, entries, view, kept in found[stretches]:
             shape = [size if position in kept else 1 for position, size in enumerate(view)]
-            mask = torch.from_numpy(units.reshape(shape)).expand(*view).reshape(-1)
+            gone = np.array(entries)[np.broadcast_to(units.reshape(shape), view).reshape(-1)]
             with torch.no_grad():
-                tensor.detach().movedim(dim, 0)[start:end][mask] = 0
+                tensor.detach().movedim(dim, 0)[gone] = 0
 
 
 @cache
@@ -174,14 +176,30 @@ def test_what_is_not_read_leaves_every_backbone(backbone):
     gone[:, 1], gone[0] = True, True
     clear(model, space, mlp.name, some(mlp.size, 0, 3), dim=1)
     clear(model, space, v.name, gone, dim=1)
+    clear(model, space, heads.name, some(heads.size, 0), dim=1)  # also by what mixes heads
     smaller = remove_unused(model, space)
     expected = dict(space.sizes)
-    if not mlp.fixed:
+    if not mlp.normed:
         expected[mlp.name] -= 2
-    if not heads.fixed:
-        expected |= {heads.name: heads.size - 1, v.name: v.size - 1}
+    if not heads.normed:
+        expected |= {heads.name: heads.size - 1, v.name: v.size - (not v.fixed)}
     assert smaller.sidt_plan.sizes == expected
     assert_same_outputs(smaller, model, backbone)
+
+
+def test_a_head_that_others_are_mixed_with_is_read():
+    """CaiT's: no v of head 0 is read, but its logits and its attention map are."""
+    model, space = planted(CAIT)
+    heads, v = space.dimensions["heads.0"], space.dimensions["v.0"]
+    gone = np.zeros((heads.size, v.size), dtype=bool)
+    gone[0] = True
+    clear(model, space, v.name, gone, dim=1)
+    smaller = remove_unused(model, space)
+    assert smaller.sidt_plan.sizes == space.sizes
+    clear(model, space, heads.name, some(heads.size, 0), dim=1)
+    smaller = remove_unused(model, space)
+    assert smaller.sidt_plan.sizes == {**space.sizes, "heads.0": heads.size - 1}
+    assert_same_outputs(smaller, model, CAIT)
 
 
 @pytest.mark.parametrize("backbone", [PVT, MMDET_PVT], ids=str)

@@ -1,0 +1,2 @@
+from .draft import Draft as Draft
+from .draft import drafts as drafts
