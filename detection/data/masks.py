@@ -25,7 +25,7 @@ def is_mask(segmentation: Any, width: float, height: float) -> bool:
 
 def _is_polygon(points: Any) -> bool:
     numbers = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
-    return numbers and all(type(value) in (int, float) and math.isfinite(value) for value in points)
+    return numbers and set(map(type, points)) <= {int, float} and all(map(math.isfinite, points))
 
 
 def _runs(text: str) -> list[int]:

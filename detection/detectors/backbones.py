@@ -12,7 +12,6 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from timm.layers.helpers import to_2tuple
 from timm.layers.norm import LayerNorm2d
-from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from sidt.detection.detectors.configs import without_weights
@@ -80,7 +79,7 @@ class TimmBackbone(BaseModule):
         # Blocks of one stride share a width and a final norm, stages have their own.
         self.is_plain = len(set(reductions)) == 1
         self.out_indices = _resolved(out_indices, len(reductions), self.is_plain)
-        final = getattr(timm_model, "norm", None)
+        final = getattr(timm_model, "norm", getattr(timm_model, "norm_pre", None))  # DaViT's stands before its head
         if self.is_plain and isinstance(final, nn.Identity) and hasattr(timm_model, "fc_norm"):
             timm_model.norm = timm_model.fc_norm  # with average pooling it stands behind the pool
         timm_model.prune_intermediate_layers(list(self.out_indices), prune_norm=not self.is_plain, prune_head=True)
@@ -105,9 +104,10 @@ class TimmBackbone(BaseModule):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> for each output [B, channels, H / stride, W / stride], where parts of a position count."""
-        embed = getattr(self.model, "patch_embed", None)
-        if isinstance(embed, PatchEmbed):  # others are convolutions with padding of their own
-            height, width = embed.patch_size
+        embed = getattr(getattr(self.model, "patch_embed", None), "proj", None)
+        # Other convolutions have padding of their own, or read a stem's maps.
+        if isinstance(embed, nn.Conv2d) and embed.kernel_size == embed.stride and embed.in_channels == images.shape[1]:
+            height, width = embed.stride
             images = F.pad(images, (0, -images.shape[-1] % width, 0, -images.shape[-2] % height))
         maps = self.model.forward_intermediates(
             images, indices=list(self.out_indices), norm=self.is_plain, output_fmt="NCHW", intermediates_only=True
@@ -132,6 +132,15 @@ def _check_maps(backbone: TimmBackbone) -> None:
                 f"timm's {name} gives a map of {seen} for an image of {size}, but states {channels} channels and "
                 f"stride {stride}; {_KNOWN}"
             )
+    # Not every model resizes its table of relative positions, and without data no index is out of range.
+    tables = (p for key, p in backbone.model.named_parameters() if key.endswith("rel_pos_h"))
+    if (table := next(tables, None)) is not None:
+        side = (len(table) + 1) // 2 * backbone.strides[0] + backbone.strides[-1]
+        try:
+            with torch.no_grad():
+                copy.deepcopy(backbone).eval()(torch.zeros(1, *image.shape[1:2], side, side))
+        except IndexError as error:
+            raise InputError(f"timm's {name} does not take images of any size: {error}; {_KNOWN}") from None
 
 
 def _resolved(out_indices: Sequence[int] | None, count: int, is_plain: bool) -> tuple[int, ...]:
@@ -194,10 +203,12 @@ def map_dimensions(backbone: nn.Module, space: DimensionSpace) -> tuple[str, ...
     """For each map of a backbone, the width dimension that its channels are.
 
     Args:
-        backbone: a TimmBackbone, or MMDetection's own Swin or PVT v2.
+        backbone: a TimmBackbone, MMDetection's own Swin or PVT, or the ViT of its project ViTDet, which has one map.
         space: the space of its searchable module.
     """
-    indices: Sequence[int] = backbone.out_indices  # type: ignore[assignment]
+    indices: Sequence[int] = getattr(backbone, "out_indices", (0,))
+    if getattr(backbone, "is_plain", False):  # XCiT's others are of the convolutions that make its patches
+        return ([name for name in space.dimensions if name.partition(".")[0] == "embed"][-1],) * len(indices)
     return tuple("embed" if "embed" in space.dimensions else f"embed.{i}" for i in indices)
 
 
@@ -247,7 +258,8 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str, space: str | None = Non
     prefix, module = searchable(backbone)
     # MMDetection's own backbones do not say their image size; any would do, as the cost is not asked for, if they
     # had no position embeddings.
-    own = (dense.get("in_channels", 3), *to_2tuple(dense.get("pretrain_img_size", 224)))
+    channels = dense.get("in_channels", dense.get("in_chans", 3))  # Swin's and PVT's, or ViTDet's
+    own = (channels, *to_2tuple(dense.get("pretrain_img_size", 224)))
     kept = load_plan(plan, space_for(module, None if prefix else own, file=space))
     if not all(kept.sizes.values()) and not backbone.is_init:
         backbone.init_weights()  # before, as MMDetection's PVT divides by the channels of each convolution

@@ -73,6 +73,15 @@ def first_neck(model: Mapping[str, Any]) -> tuple[Any, str]:
     return (neck[0], "neck.0") if isinstance(neck, list | tuple) else (neck, "neck")
 
 
+def channels_of(neck: Mapping[str, Any] | None) -> Any:
+    """The channels of the maps that a neck is built for, which follow a plan; ``None`` if none of its arguments do.
+
+    ViTDet's own pyramid makes all its channels of ``backbone_channel``, and cannot be built of fewer with the rest as
+    it is.
+    """
+    return None if neck is None or "backbone_channel" in neck else neck.get("in_channels")
+
+
 def without_weights(backbone: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a backbone without where its weights would come from."""
     return {key: value for key, value in backbone.items() if key not in ("init_cfg", "pretrained", "checkpoint")}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
 from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
-from sidt.detection.detectors.configs import first_neck
+from sidt.detection.detectors.configs import channels_of, first_neck
 from sidt.detection.detectors.streams import detector_streams, readers_of_maps
 from sidt.errors import InputError
 from sidt.space.axes import Axis
@@ -102,7 +102,7 @@ def _neck_places(
     """
     neck, path = first_neck(config)
     channels = [sizes[name] for name in maps]
-    given = None if neck is None else neck.get("in_channels")
+    given = channels_of(neck)
     if neck is None or given is None:
         return {}, set(maps)
     several = isinstance(given, list | tuple)

@@ -63,8 +63,8 @@ def readers_of_maps(
     meta: Any = meta_copy(detector)
     image = torch.empty(1, *input_size, device="meta", dtype=next(meta.parameters()).dtype)
     with torch.no_grad():
-        given = tuple(meta.backbone(image))
-        uses = _Uses(given, meta)
+        given = meta.backbone(image)
+        uses = _Uses((given,) if isinstance(given, Tensor) else tuple(given), meta)
         with uses:
             meta.get_submodule(neck)(given)
     found: dict[str, tuple[str, ...] | str] = {}

@@ -1,10 +1,11 @@
 """What a search stands on: scores by the detector's loss, and what its trials are judged by."""
 
 import copy
+import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ def objective(
     own = with_data(config, "test_dataloader", annotations, source.images)
     loader = own.test_dataloader
     loader.update(num_workers=0, persistent_workers=False)
-    images = Runner.build_dataloader(loader, seed=0)
+    with redirect_stdout(io.StringIO()):  # pycocotools talks
+        images = Runner.build_dataloader(loader, seed=0)
 
     def ap(detector: nn.Module) -> np.ndarray:
         with without_masks(detector), naming_images(own, "test_dataloader"):

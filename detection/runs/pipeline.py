@@ -23,6 +23,7 @@ from mmengine.dist import barrier, is_main_process
 from torch import nn
 
 from sidt.allocation.greedy import Rules
+from sidt.allocation.storage import check_storage
 from sidt.allocation.study import gain_on
 from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
@@ -119,6 +120,7 @@ def search(run: DetectionRun, say: Say) -> str:
     settings = run.settings
     if settings.budget is None:
         raise InputError("a search needs a budget: --budget.params 0.6 for 40 % fewer parameters of the backbone")
+    check_storage(settings.storage)
     existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
     made_of = provenance.inputs(run.folder, CHAIN, "search")
     detector, config = open_detector(run, run.folder / "dense")

@@ -1,7 +1,8 @@
 """COCO average precision of detectors, at full precision.
 
 MMDetection's CocoMetric rounds to three decimals, which is too coarse for a search. Here it only writes the
-detections, and pycocotools scores them, with COCO's own settings: IoU 0.50 to 0.95, 100 detections an image.
+detections, and pycocotools scores them, with COCO's own settings: IoU 0.50 to 0.95, 100 detections an image. A search
+scores by faster-coco-eval, which gives the same to the last bits in a seventh of the time.
 """
 
 import io
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
+from faster_coco_eval import COCOeval_faster
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import METRICS
 from mmengine.config import Config
@@ -27,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from sidt.detection.data.annotations import category_ids, read_annotations
 from sidt.detection.data.images import naming_images
+from sidt.detection.training.console import Progress, told_to
 from sidt.errors import InputError
 from sidt.files import read_json, replacing
 from sidt.report.tables import Format, table
@@ -143,12 +146,14 @@ def test(config: Config, folder: Path, *, per_class: bool = False) -> dict[str, 
     with partial:
         config = deepcopy(config)
         config.test_evaluator = metric | {"format_only": True, "outfile_prefix": f"{partial.name}/results"}
-        runner = Runner.from_cfg(config)
-        dataset = runner.test_dataloader.dataset
-        image_ids, classes = _known(annotations, data, _image_ids(dataset)), dataset.metainfo["classes"]
-        category_ids(annotations, data, classes)  # before an hour of inference
-        with naming_images(config, "test_dataloader"):
-            runner.test()
+        with told_to(Path(config.work_dir)):
+            runner = Runner.from_cfg(config)
+            runner.register_hook(Progress("test"))
+            dataset = runner.test_dataloader.dataset
+            image_ids, classes = _known(annotations, data, _image_ids(dataset)), dataset.metainfo["classes"]
+            category_ids(annotations, data, classes)  # before an hour of inference
+            with naming_images(config, "test_dataloader"):
+                runner.test()
         if not is_main_process():
             return {}
         scores: dict[str, Scores] = {}
@@ -216,7 +221,8 @@ def average_precision(
     if is_main_process():
         truth = _indexed(data)
         detected = _detected(truth, list(chain.from_iterable(found)), "bbox")
-        values = [[_mean(_precision(truth, detected, "bbox", labels, group, areas=1)) for group in groups]]
+        by_group = (_precision(truth, detected, "bbox", labels, group, areas=1, by=COCOeval_faster) for group in groups)
+        values = [[_mean(precision) for precision in by_group]]
     broadcast_object_list(values)
     return np.array(values[0])
 
@@ -359,11 +365,18 @@ def _detected(truth: COCO, found: list[dict[str, Any]], iou_type: IouType) -> CO
 
 
 def _precision(
-    truth: COCO, detected: COCO, iou_type: IouType, ids: Sequence[int], image_ids: Sequence[int], areas: int = 4
+    truth: COCO,
+    detected: COCO,
+    iou_type: IouType,
+    ids: Sequence[int],
+    image_ids: Sequence[int],
+    *,
+    areas: int = 4,
+    by: Any = COCOeval,
 ) -> np.ndarray:
     """Precision: 10 IoU thresholds x 101 recalls x classes by increasing id x areas; -1 without such objects."""
     with redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, detected, iou_type)
+        evaluation = by(truth, detected, iou_type)
         settings = evaluation.params
         settings.catIds, settings.imgIds, settings.maxDets = list(ids), list(image_ids), [100]
         settings.areaRng, settings.areaRngLbl = settings.areaRng[:areas], settings.areaRngLbl[:areas]

@@ -1,4 +1,7 @@
-"""Training by MMEngine's Runner: its hooks, logging, AMP, resuming and launcher, from weights to weights."""
+"""Training by MMEngine's Runner: its hooks, logging, AMP, resuming and launcher, from weights to weights.
+
+What MMEngine prints is in ``console.log`` of the training's work folder, beside its own logs.
+"""
 
 import hashlib
 import json
@@ -14,6 +17,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from sidt.detection.data.images import naming_images
 from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
+from sidt.detection.training.console import Progress, told_to
 from sidt.errors import InputError
 
 Launcher = str  # MMEngine's: none, pytorch, slurm, mpi
@@ -26,7 +30,7 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         config: the detector, its data and its schedule.
         weights: what it starts from; None: the start that the config gives it.
         states: where MMEngine's work folders are; this training's is named after all that determines it.
-        label: the start of that name.
+        label: the start of that name, and what the terminal calls it.
         launcher: MMEngine's, for several processes.
 
     Returns:
@@ -59,8 +63,10 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         **(hooks.get("checkpoint") or {}),
         "save_last": True,
     }
-    with naming_images(config, "train_dataloader", "val_dataloader"):
-        Runner.from_cfg(config).train()
+    with told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
+        runner = Runner.from_cfg(config)
+        runner.register_hook(Progress(label))
+        runner.train()
     barrier()
     found = find_latest_checkpoint(str(own))
     if found is None:

@@ -1,6 +1,8 @@
 """The detector's own loss, as a function of a model and a batch: what importance and the search stand on."""
 
 import copy
+import io
+from contextlib import redirect_stdout
 from itertools import islice
 from typing import Any
 
@@ -41,7 +43,7 @@ def read_batches(config: Config, images: int, *, batch_size: int, seed: int = 0)
     loader.update(batch_size=batch_size, num_workers=0, persistent_workers=False, drop_last=False)
     loader.sampler = {"type": "DefaultSampler", "shuffle": True, "seed": seed}
     loader.pop("batch_sampler", None)
-    with seeded(seed), naming_images(config, "train_dataloader"):
+    with seeded(seed), naming_images(config, "train_dataloader"), redirect_stdout(io.StringIO()):  # pycocotools talks
         found = list(islice(Runner.build_dataloader(loader, seed=seed), -(-images // batch_size)))
     if not found:
         raise InputError(f"{loader.dataset.get('ann_file')} gives no training image with boxes; check filter_cfg")
