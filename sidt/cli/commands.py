@@ -89,6 +89,7 @@ _add_step("report", "outcome", "write_report", "Write report.md with its plots, 
 @_STEP
 @budgeted
 @TRIALS
+@click.option("--workers", type=int, help="Processes that search together, each with its share of the cores.")
 @click.option("--pareto", is_flag=True, default=None, help="The curve over all budgets, not the budget's alone.")
 def search(
     budget: dict[str, Any] | None,
@@ -96,6 +97,7 @@ def search(
     timeout: float | None,
     seed: int | None,
     storage: str | None,
+    workers: int | None,
     pareto: bool | None,
     **arguments: Any,
 ) -> None:
@@ -104,6 +106,7 @@ def search(
 
     values = {"budget": budget, "search.pareto": pareto, "seed": seed}
     once = {"search.trials": trials, "search.timeout": timeout, "search.storage": storage}
+    once["search.workers"] = workers
     _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values, once=once))
 
 
@@ -162,14 +165,31 @@ def demo(**arguments: Any) -> None:
 
 
 @cli.command()
+def env() -> None:
+    """Versions and machine, for a bug report."""
+    from sidt.report.environment import environment_rows
+    from sidt.report.tables import table
+
+    click.echo(table(["", "here"], environment_rows()))
+
+
+@cli.command()
 @click.argument("model", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Check this search-space file on the MODEL.")
+@click.option("--draft", type=click.Path(path_type=Path), help="Draft a search-space file for the MODEL, and check it.")
 @click.option("--input", "input_size", metavar="3x224x224", help="Image size of the check; default: the MODEL's own.")
-def spaces(model: str | None, file: Path | None, input_size: str | None) -> None:
+def spaces(model: str | None, file: Path | None, draft: Path | None, input_size: str | None) -> None:
     """List the families of backbones, or print the dimensions of a timm MODEL.
 
-    With --file, MODEL may also be module:function, whose function without arguments builds it.
+    With --file or --draft, MODEL may also be module:function, whose function without arguments builds it.
     """
+    if draft is not None:
+        if model is None or file is not None:
+            raise InputError(f"a search space is drafted from a model alone: sidt spaces MODEL --draft {draft}")
+        from sidt.runs.drafting import draft_file
+
+        click.echo(draft_file(model, draft, image_size(input_size)))
+        return
     if model is None:
         if file is not None:
             raise InputError(f"a search space is checked on a model: sidt spaces MODEL --file {file}")

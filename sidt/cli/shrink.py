@@ -53,8 +53,9 @@ def shrink(
 ) -> None:
     """Shrink a trained model to a budget on a folder of images, without training.
 
-    MODEL is a name of timm (with its published weights), of the hub, a run folder (its dense model) or a checkpoint
-    folder. What comes out is a run folder: `sidt finetune`, `search`, `slice`, `evaluate` and `report` go on from it.
+    MODEL is a name of timm or hf:NAME of Hugging Face (with its published weights), of the hub, a run folder (its dense
+    model) or a checkpoint folder. What comes out is a run folder: `sidt finetune`, `search`, `slice`, `evaluate` and
+    `report` go on from it.
     Images are prepared as the weights want it.
     """
     from sidt.runs.images import naming_broken

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sidt.errors import InputError
+from sidt.space.outputs import tensors_of
 from sidt.space.trace import InputSize, input_size_of
 
 Run = Callable[[Tensor], Sequence[Tensor]]  # a batch of images -> the outputs
@@ -61,8 +62,7 @@ def example(model: nn.Module, input_size: InputSize | None, *, dynamic_batch: bo
 def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """What a model gives, as a tuple."""
     with torch.no_grad():
-        found = model(images)
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(tensors_of(model(images)))
 
 
 def compared(model: nn.Module, data: bytes, run: Run, images: Tensor, *, dynamic_batch: bool) -> Exported:

@@ -1,7 +1,8 @@
 """Checkpoints: a folder of ``config.json``, ``plan.json`` and ``model.safetensors``. No pickle, no class of ours.
 
-``config.json`` names the dense model for ``timm.create_model``; the plan says which of its units are left. A model
-whose search space does not come with SiDT takes the file along, as ``space.yaml``: data, that at most name modules.
+``config.json`` names the dense model for ``timm.create_model``, or a class of ``transformers`` with its config; the
+plan says which of its units are left. A model whose search space does not come with SiDT takes the file along, as
+``space.yaml``: data, that at most name modules.
 """
 
 import json
@@ -17,7 +18,7 @@ from sidt.data.preparation import PREPARATION
 from sidt.errors import InputError
 from sidt.export.comparison import difference_between
 from sidt.export.hub import download, repository_in
-from sidt.export.models import create_model, name_of, own_args
+from sidt.export.models import create_model, maker_of, name_of, own_args
 from sidt.export.weights import difference_of, fit_weights, load_weights
 from sidt.files import dump_json, read_json, replacing, write_text
 from sidt.space.families import Family, read_family
@@ -42,14 +43,14 @@ def save(
     args: Mapping[str, Any] | None = None,
     structures: Mapping[str, Structure] | None = None,
 ) -> None:
-    """Write a dense or sliced timm model to a folder, so that :func:`load` gives it back.
+    """Write a dense or sliced model of timm or Hugging Face to a folder, so that :func:`load` gives it back.
 
     What it is rebuilt as is compared with the model first: names and shapes of its tensors, what its modules are and
     hold (head counts, scales, epsilons, windows), and what both make of one random image. The three files are written
     whole before the first of them replaces an older one.
 
     Args:
-        model: a model from ``timm.create_model``, or what :func:`sidt.slice_model` made of one.
+        model: a model from ``timm.create_model``, one of Hugging Face's, or what :func:`sidt.slice_model` made of one.
         folder: where to write; made if needed.
         name: the timm model name; default: what the model says of itself.
         args: the keyword arguments that rebuild the dense model with ``timm.create_model``; default: those that it was
@@ -80,8 +81,8 @@ def save(
         difference = difference_between(model, rebuilt)
     if difference:
         raise InputError(
-            f"timm.create_model({name!r}, **{args}) does not rebuild this model: {difference}; pass the keyword "
-            f"arguments that it was created with as args="
+            f"{maker_of(name, args)} does not rebuild this model: {difference}; pass the keyword arguments that it was "
+            f"created with as args="
         )
     config: dict[str, Any] = {"model": name, "args": args}
     if rotated:
@@ -207,7 +208,7 @@ def _built(folder: Path) -> nn.Module:
         model.sidt_family = read_family(folder / SPACE)  # type: ignore[assignment]
     if isinstance(rotated := config.get("rotated"), list):
         model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
-    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))
     return model if plan.sizes == plan.space.sizes else slice_model(model, plan)
 

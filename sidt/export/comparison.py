@@ -1,12 +1,12 @@
 """Whether two models compute the same: what their modules are and hold, and what they make of one random image."""
 
-from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sidt.space.outputs import tensors_of
 from sidt.space.trace import input_size_of
 
 _UNUSED = ("training", "init", "grad_checkpointing", "fused", "inplace", "drop", "target_")  # parts of such names
@@ -42,7 +42,7 @@ def difference_between(model: nn.Module, other: nn.Module) -> str | None:
 
 def difference_of_outputs(model: nn.Module, other: nn.Module) -> str | None:
     """How what two models make of one random image differs, in words; ``None`` if it does not."""
-    outputs, again = (list(_tensors(_answer(m, model))) for m in (model, other))
+    outputs, again = ([t.float() for t in tensors_of(_answer(m, other))] for m in (model, other))
     if [t.shape for t in outputs] != [t.shape for t in again]:
         return "its output has another shape when it is rebuilt"
     for x, y in zip(outputs, again, strict=True):
@@ -105,13 +105,3 @@ def _answer(model: nn.Module, like: nn.Module) -> Any:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value.float()
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)

@@ -1,4 +1,4 @@
-"""timm models by name and keyword arguments."""
+"""Models by name and keyword arguments: timm's, and Hugging Face's (:mod:`sidt.export.huggingface`)."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ from timm.models import save_for_hf as save_as_timm
 from torch import nn
 
 from sidt.errors import InputError
+from sidt.export import huggingface
 from sidt.export.hub import ask_for_weights, download, one_line, repository_in
 from sidt.files import read_json
 from sidt.space.trace import InputSize
@@ -23,15 +24,17 @@ def create_model(
     """``timm.create_model`` with one-line errors.
 
     Args:
-        name: a timm model.
+        name: a timm model; ``hf:FOLDER`` or ``hf:OWNER/NAME`` of Hugging Face.
         args: its keyword arguments.
-        pretrained: whether timm loads its published weights.
+        pretrained: whether its published weights are loaded.
         input_size: channels, height, width that it is built for, as far as its class is built for a size; default: its
             own.
 
     Raises:
         InputError: timm has no such model, it does not take the arguments, or the hub cannot be reached for it.
     """
+    if huggingface.is_named_here(name):
+        return huggingface.build(name, args, pretrained=pretrained, input_size=input_size)
     name = name.removeprefix("timm/")  # as the hub has timm's own weights
     if not timm.is_model(name) and ":" not in name:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
@@ -50,7 +53,7 @@ def create_model(
         if on_hub:
             download(*on_hub, ("config.json",), "timm model")
         with one_line(on_hub[0], "timm model") if on_hub else nullcontext():
-            return timm.create_model(name, pretrained=pretrained, **args)
+            return _saying_its_size(timm.create_model(name, pretrained=pretrained, **args), args)
     except InputError:
         raise
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
@@ -58,16 +61,37 @@ def create_model(
         raise InputError(f"timm cannot build {name!r} with {dict(args)}: {reason}") from None
 
 
-def own_args(model: nn.Module) -> dict[str, Any]:
-    """The arguments that rebuild a timm model, as timm keeps them, without drop rates.
+def _saying_its_size(model: nn.Module, args: Mapping[str, Any]) -> nn.Module:
+    """A model that was built for a size which its class keeps nowhere, as Hiera's, says it as those that do."""
+    if args.get("img_size") and not any(hasattr(m, "img_size") for m in (model, getattr(model, "patch_embed", None))):
+        model.img_size = args["img_size"]
+    return model
 
-    They are those that it was created with, and what ``reset_classifier`` and ``set_input_size`` changed since.
+
+def own_args(model: nn.Module) -> dict[str, Any]:
+    """The arguments that rebuild a model, as timm keeps them, without drop rates; of Hugging Face's, the config.
+
+    timm's are those that it was created with, and what ``reset_classifier`` and ``set_input_size`` changed since.
     """
+    if huggingface.class_name_of(model) is not None:
+        return huggingface.args_of(model)
     return dict(get_model_args(model))
 
 
+def maker_of(name: str, args: Mapping[str, Any]) -> str:
+    """What builds a model, in words."""
+    if huggingface.is_named_here(name):
+        return f"{name} of its config"
+    return f"timm.create_model({name!r}, **{dict(args)})"
+
+
 def name_of(model: nn.Module) -> str | None:
-    """The timm name of a model, with the tag of its published weights where that is not the usual one."""
+    """The timm name of a model, with the tag of its published weights where that is not the usual one.
+
+    Of one of Hugging Face's it is its class.
+    """
+    if (kind := huggingface.class_name_of(model)) is not None:
+        return kind
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture"), cfg.get("tag")
     if not name or not timm.is_model(name):

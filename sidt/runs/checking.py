@@ -1,7 +1,8 @@
 """Checking a search-space file on a model: what is missing in it, what is never used, and whether slices are right."""
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from sidt.cost.complexity import measure, report, shares
 from sidt.errors import InputError
 from sidt.export.models import create_model
 from sidt.report.text import dimensions_table
+from sidt.space.axes import kept_indices
+from sidt.space.binding import get_attribute
 from sidt.space.families import INNER_KINDS, KINDS, Family, Kind, Line
 from sidt.space.finding import family_of
+from sidt.space.outputs import tensors_of
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import DimensionSpace, get_attribute, space_for
+from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize
 from sidt.surgery.slicing import mask_model, slice_model
 
@@ -40,7 +44,7 @@ def check_file(source: str, file: Path, input_size: InputSize | None = None) -> 
         InputError: the file does not fit the model, a class or a module that it names cannot be imported, or a slice
             of the model is not what it should be. One line names what is wrong.
     """
-    model = _built(source, input_size).eval()
+    model = built(source, input_size).eval()
     family = family_of(model, file)
     for name in family.models:
         _import(name, file)
@@ -55,7 +59,12 @@ def check_file(source: str, file: Path, input_size: InputSize | None = None) -> 
     return "\n".join([dimensions_table(space, shares(space)), "", checked, *says])
 
 
-def _built(source: str, input_size: InputSize | None) -> nn.Module:
+def built(source: str, input_size: InputSize | None) -> nn.Module:
+    """The model that a name of timm's, or a function, stands for.
+
+    Raises:
+        InputError: there is none.
+    """
     if not _FUNCTION.fullmatch(source):
         return create_model(source, {}, input_size=input_size)
     module, _, function = source.partition(":")
@@ -116,6 +125,37 @@ def check_masked(model: nn.Module, plan: DimensionPlan) -> None:
 
 
 @torch.no_grad()
+def check_permuted(model: nn.Module, space: DimensionSpace, seed: int = 0) -> None:
+    """Refuse a space whose units, in another order in every place, give a model that computes another thing.
+
+    It sees what masks do not: whether a width is in every place where it has to be.
+
+    Raises:
+        InputError: the outputs are others.
+    """
+    rng, keep = np.random.default_rng(seed), {}
+    for name, dimension in space.dimensions.items():
+        rows = [np.arange(dimension.size) for _ in range(space.sizes[dimension.per] if dimension.per else 1)]
+        rows = rows if dimension.fixed else [rng.permutation(row) for row in rows]
+        keep[name] = np.array(rows).reshape(len(rows), -1) if dimension.per else rows[0]
+    turned, image = copy.deepcopy(model), _image(model, space)
+    for name, place in space.places.items():
+        tensor = turned.get_buffer(name) if place.is_buffer else turned.get_parameter(name)
+        found = tensor.clone()
+        for d, axis in enumerate(place.axes):
+            order = torch.from_numpy(kept_indices(axis, space.sizes, keep, space.per))
+            found = found.index_select(d, order.to(found.device))
+        tensor.copy_(found)
+    for a, b in zip(_outputs(turned, image, space), _outputs(model, image, space), strict=True):
+        gap = float((a.flatten().sort()[0] - b.flatten().sort()[0]).abs().max())  # a width may go out of the model
+        if gap > _CLOSE * float(b.abs().max()):
+            raise InputError(
+                f"the search space {space.family} is wrong for {space.model}: its units in another order give another "
+                f"output, by {gap:.2g}; look at the lines of the widths"
+            )
+
+
+@torch.no_grad()
 def check_counted(model: nn.Module, plan: DimensionPlan) -> None:
     """Refuse a plan of which the sliced model does not run, or has other costs than the space says.
 
@@ -149,8 +189,7 @@ def _outputs(model: nn.Module, image: Tensor, space: DimensionSpace) -> list[Ten
             f"a slice of {space.model} does not run by the search space {space.family}: {reason}; "
             f"an attention or another sublayer may need a forward of its own (CONTRIBUTING.md)"
         ) from None
-    found = list(out.values()) if isinstance(out, Mapping) else [out] if isinstance(out, Tensor) else list(out)
-    return [t for t in found if isinstance(t, Tensor)]
+    return list(tensors_of(out))
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -170,6 +209,7 @@ def unused_lines(family: Family, model: nn.Module) -> Iterator[str]:
         ("norms", {*family.norms, *(r for readers in family.norms.values() for r in readers if r != "_")}),
         ("scales", {*family.scales}),
         ("padded", {*family.padded}),
+        ("whole", {*family.whole}),
     ):
         for template in sorted(templates):
             pattern = re.compile(re.sub(r"\\\{[a-z]\\\}", r"\\d+", re.escape(template)))

@@ -87,7 +87,9 @@ class SearchConfig(_Strict):
         sampler: Optuna's: tpe, cmaes, gp or random.
         objective: what trials are judged by: top1, or loss (the log-likelihood of the right class, less noisy).
         warm: run folders whose searches' best multipliers are tried right after the plain ranking.
-        jobs: trials at a time, in threads of one process; several processes may share a storage as well.
+        jobs: trials at a time, in threads of one process.
+        workers: processes of this machine that search together, each with its share of the threads; the same command
+            on other machines joins in where they share the storage and the run's folder.
         storage: Optuna storage URL; None: SQLite in the run folder.
         pareto: one study over all budgets of the kind that the budget bounds: the curve of score against cost. The
             plan is that of the budget; `sidt slice RUN --at SHARE` takes any other point.
@@ -105,6 +107,7 @@ class SearchConfig(_Strict):
     objective: Literal["top1", "loss"] = "loss"
     warm: tuple[Path, ...] = ()
     jobs: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1)
     storage: str | None = None
     pareto: bool = False
     kinds: tuple[Kind, ...] | None = None

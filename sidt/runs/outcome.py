@@ -15,6 +15,7 @@ from sidt.runs.folder import CHAIN, EVALUATION, SEARCH, Run, dense_model, existi
 from sidt.runs.images import data_of
 from sidt.runs.models import original_space, space_of
 from sidt.runs.quality import evaluate_on, is_blind
+from sidt.space.outputs import classes_of
 
 _EARLIER = {"top1": "top-1", "loss": "log-likelihood"}  # what search.json once called what trials were judged by
 
@@ -45,7 +46,7 @@ def evaluate(run: Run) -> str:
         }
     if answered:
         blind = is_blind(run, dense)
-        classes = tuple(map(str, range(dense.num_classes))) if blind else data.classes  # type: ignore[arg-type]
+        classes = tuple(map(str, range(classes_of(dense) or 0))) if blind else data.classes
         Answers(classes, answered["dense"] if blind else data.test.labels, answered).save(run)
     write_json(run.folder / EVALUATION, rows)
     provenance.record(run.folder, CHAIN, "evaluate", made_of)

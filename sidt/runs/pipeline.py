@@ -27,8 +27,8 @@ from torch import nn
 from sidt.allocation.curve import nearest
 from sidt.allocation.knobs import plan_at
 from sidt.allocation.steps import Slicer, before_last
+from sidt.allocation.storage import check_storage
 from sidt.allocation.study import Gain, gain_on
-from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import report
@@ -43,7 +43,6 @@ from sidt.runs import outcome, provenance
 from sidt.runs.base import (
     MOMENTS,
     STEPS,
-    budget_left,
     latency_folder,
     moments_of,
     on_base,
@@ -64,6 +63,7 @@ from sidt.runs.quality import (
     objective_of,
     says_of,
 )
+from sidt.runs.searching import answer, helped, layers_of, question_of
 from sidt.space.plan import DimensionPlan
 from sidt.surgery.compensation import refit_width
 from sidt.surgery.heads import with_classes
@@ -156,46 +156,31 @@ def score(run: Run, say: Callable[[str], None] = print) -> str:
 
 def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
+    check_storage(run.config.search.storage)
     made_of = provenance.inputs(run.folder, CHAIN, "search")
-    model, config = base_model(run), run.config.search
-    space = space_of(run.config, model)
-    scores = load_importance(existing(run, "scores.safetensors", "score"), space)
-    held_out, budget = held_out_images(run), budget_left(run)
-    objective, fresh = objective_of(run, held_out), objective_of(run, data_of(run.config.data).fresh)
-    slicer, begin = slicer_of(model, moments_of(run, model)), time.perf_counter()
+    config, asked = run.config.search, question_of(run)
+    model, slicer = asked.model, asked.slicer
+    objective, fresh = objective_of(run, asked.held_out), objective_of(run, data_of(run.config.data).fresh)
+    begin = time.perf_counter()
     dense = float(np.concatenate(list(objective(dense_model(run)))).mean())
     judge = judged_by(run, dense_model(run))
     once = time.perf_counter() - begin
     limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
-    cost = f"about {once:.1f} s each or less, {once * config.trials / config.jobs:.0f} s in all{limit}"
-    count = len(held_out)  # type: ignore[arg-type]
+    all_of_it = once * config.trials / (config.jobs * config.workers)
+    cost = f"about {once:.1f} s each or less, {all_of_it:.0f} s in all{limit}"
+    count = len(asked.held_out)  # type: ignore[arg-type]
     say(f"search: {config.trials} trials of {count} held-out images, {cost}; Ctrl-C keeps what is finished")
-    rules = rules_of(run.config)
-    latencies = latencies_for(latency_folder(run, model), model.to(run.device), scores, budget, rules, say)
-    result = optuna_search(
-        model,
-        scores,
-        budget,
-        objective,
-        trials=config.trials,
-        timeout=config.timeout,
-        seed=run.config.seed,
-        sampler=config.sampler,
-        rules=rules,
-        latencies=latencies,
-        slicer=slicer,
-        warm=[read_json(existing(Run(w, run.config), SEARCH, "search"))["multipliers"] for w in config.warm],
-        jobs=config.jobs,
-        pareto=config.pareto,
-        storage=config.storage or f"sqlite:///{run.folder / 'study.db'}",
-        label=f"{run.config.data.model_dump_json()} {config.images} {config.objective} {run.config.repair}",
-    )
+    latencies = layers_of(run, asked, say)
+    with helped(run):
+        result = answer(run, asked, latencies)
+    if config.workers > 1:  # what the others found last
+        result = answer(run, asked, latencies)
     finished = [t for t in result.study.get_trials() if t.state.name == "COMPLETE"]  # stopped ones have values too
     whole = on_dense(model, result.plan)
     whole.save(run.folder / PLAN)
     found = {
         "budget": str(run.config.budget.value()),
-        "bounds": budget.bounded[0],
+        "bounds": asked.budget.bounded[0],
         "dense": dense,
         "plain": result.plain_value,
         "best": result.value,

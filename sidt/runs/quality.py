@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 from sidt.report.text import quality
 from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of
+from sidt.space.outputs import classes_of
 from sidt.training.evaluation import answers, correct, distances, evaluated, judged, log_likelihood
 
 PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
@@ -18,7 +19,7 @@ PARTS = 8  # of the held-out images; after each a hopeless trial can be stopped
 
 def gives_features(model: nn.Module) -> bool:
     """Whether the outputs of a timm model are features; else they are logits."""
-    return getattr(model, "num_classes", None) == 0
+    return classes_of(model) == 0
 
 
 def is_blind(run: Run, dense: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from sidt.runs.folder import Run, started
 from sidt.runs.images import data_of
 from sidt.runs.models import dense_shapes, folder_of, prepared
 from sidt.settings import parse
+from sidt.space.outputs import classes_of
 
 Say = Callable[[str], None]
 
@@ -41,7 +42,8 @@ def shrinking_run(
     """A new run folder for a trained model and a folder of images.
 
     Args:
-        model: a timm name, with its published weights unless there is a checkpoint; a run or a checkpoint folder.
+        model: a timm name, or ``hf:`` and one of Hugging Face's, with its published weights unless there is a
+            checkpoint; a run or a checkpoint folder.
         images: the folder; see :class:`sidt.data.DataConfig`.
         budget: the bounds of :class:`sidt.Budget`.
         out: the run folder; default: ``runs/`` and the model's name.
@@ -79,7 +81,7 @@ def shrinking_run(
     for text in overrides:
         override(tree, text)
     config = prepared(parse(RunConfig, tree, "sidt shrink"))
-    return started(out or Path("runs") / Path(model).name, _with_labels(config, say))
+    return started(out or Path("runs") / Path(model.removeprefix("hf:")).name, _with_labels(config, say))
 
 
 def shrink_run(run: Run, say: Say) -> None:
@@ -112,7 +114,7 @@ def _classes_of(model: str, args: Mapping[str, Any], checkpoint: Path) -> dict[s
 def _with_labels(config: RunConfig, say: Say) -> RunConfig:
     """The config, which takes the folders of the images as labels only if they are as many as the model's classes."""
     model = dense_shapes(config.model)
-    count, known = getattr(model, "num_classes", None), data_of(config.data).known
+    count, known = classes_of(model), data_of(config.data).known
     chosen = config.data.classes
     if chosen is not None:
         if count not in (len(known), len(chosen)):

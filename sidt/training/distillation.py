@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from sidt.errors import InputError
 from sidt.space.axes import names
+from sidt.space.outputs import classes_of, heads_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import DimensionSpace, space_for
 from sidt.training.digest import weights_digest
-from sidt.training.evaluation import heads_of
 from sidt.training.loop import Loss
 
 _EPS = 1e-6
@@ -87,8 +87,8 @@ def distillation_loss(teacher: nn.Module, student: nn.Module, *, smoothing: floa
     if (family := getattr(student, "sidt_family", None)) is not None:  # it was sliced by
         teacher.sidt_family = family
     kept = kept_channels(teacher, student) if config.features else {}
-    theirs, mine = (getattr(model, "num_classes", None) for model in (teacher, student))
-    if config.logits and isinstance(theirs, int) and isinstance(mine, int):
+    theirs, mine = classes_of(teacher), classes_of(student)
+    if config.logits and theirs is not None and mine is not None:
         _check_classes(theirs, mine)
 
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sidt.errors import InputError
+from sidt.space.outputs import classes_of, heads_of
 from sidt.training.batches import make_loader
 from sidt.training.devices import resolve_device
 
@@ -21,8 +22,8 @@ def check_classes(model: nn.Module, n_classes: int) -> None:
     Raises:
         InputError: it is made for another number.
     """
-    own = getattr(model, "num_classes", None)
-    if isinstance(own, int) and own and own != n_classes:  # without a head there are none
+    own = classes_of(model)
+    if own and own != n_classes:  # without a head there are none
         raise InputError(
             f"the model has {own} classes and the data has {n_classes}; "
             f"use data with {own} classes or a model with num_classes={n_classes}"
@@ -144,8 +145,3 @@ def distances(outputs: Tensor, wanted: Tensor, *, features: bool) -> Tensor:
         return (mine - theirs).square().sum(1) / theirs.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     mine, theirs = (x.float().log_softmax(-1) for x in (outputs, wanted))
     return F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
-
-
-def heads_of(output: Any) -> list[Tensor]:
-    """What a model returned, as the list of its heads' logits, each batch x classes."""
-    return list(output) if isinstance(output, tuple | list) else [output]

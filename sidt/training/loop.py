@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from sidt.errors import InputError
 from sidt.files import read_json, replacing, write_json
+from sidt.space.outputs import classes_of, heads_of
 from sidt.training.batches import make_loader
 from sidt.training.devices import own_accelerator, resolve_device, seeded_on
 from sidt.training.digest import weights_digest
-from sidt.training.evaluation import check_data, heads_of, top1
+from sidt.training.evaluation import check_data, top1
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -241,7 +242,7 @@ class _Run:
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.mix: Mixup | None = None
         if config.mixup or config.cutmix:
-            classes = getattr(model, "num_classes", None) or len(getattr(train, "classes", ()))
+            classes = classes_of(model) or len(getattr(train, "classes", ()))
             if not classes:
                 raise InputError("mixup needs the number of classes; give the model a num_classes")
             self.mix = Mixup(  # type: ignore[no-untyped-call]

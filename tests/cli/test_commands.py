@@ -2,11 +2,14 @@
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import timm
 import torch
@@ -17,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sidt
+from sidt.runs import pipeline
 
 
 def test_the_steps_leave_a_whole_run_folder(finished):
@@ -52,6 +56,28 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
     assert code == 0 and "after 4 trials" in out
     code, _, err = sidt_command("finetune", finished)
     assert code == 0, err
+
+
+def test_workers_search_together(finished, sidt_command, monkeypatch, tmp_path):
+    """The first call of the first worker does nothing, so that what is there afterwards is the other's."""
+    folder, calls = tmp_path / "run", []
+    shutil.copytree(finished, folder)
+    (folder / "study.db").unlink()
+    search = pipeline.answer
+
+    def answer(run, asked, latencies):
+        calls.append(pipeline.torch.get_num_threads())
+        if len(calls) == 1:
+            return None
+        (study,) = optuna.get_all_study_summaries(f"sqlite:///{folder / 'study.db'}")
+        assert study.n_trials >= 4
+        return search(run, asked, latencies)
+
+    monkeypatch.setattr(pipeline, "answer", answer)
+    code, out, err = sidt_command("search", folder, "--trials", 4, "--workers", 2)
+    assert code == 0 and "after 4 trials" in out, err
+    assert len(calls) == 2
+    assert "workers: 1" in (folder / "config.yaml").read_text()  # how many is of the one call
 
 
 def test_complexity_of_a_model(sidt_command):
@@ -139,6 +165,14 @@ def test_spaces(sidt_command):
     assert code == 0 and "hidden.11" in out and "3 x 64" in out
     code, out, _ = sidt_command("spaces", "vit_small_patch14_dinov2")  # has no head, and gets one
     assert code == 0 and "embed: can be rotated" in out
+
+
+def test_env_says_what_a_bug_report_needs(sidt_command):
+    code, out, _ = sidt_command("env")
+    assert code == 0
+    for words in (("Python", platform.python_version()), ("torch", torch.__version__), ("timm", timm.__version__)):
+        assert any(line.split() == list(words) for line in out.splitlines()), words
+    assert "processor" in out and "CUDA" in out
 
 
 def test_push(finished, config, sidt_command, mistake, monkeypatch, tmp_path):

@@ -128,7 +128,7 @@ def test_a_file_of_timms_is_checked(mine, sidt_command):
     assert code == 0, err
     assert "mine.yaml fits VisionTransformer" in out
     assert "parameters dist_token" in out and "parameters cls_token" not in out
-    assert "attributes attn_pool.num_heads" in out and "attributes blocks" not in out
+    assert "attributes attn_pool.num_heads" in out and "attributes blocks.{i}.attn." not in out
     assert (
         "attributes embed_dim" not in out
         and "norms blocks.{i}.norm1" not in out
@@ -164,3 +164,19 @@ def test_mistakes_of_models(home_made, mistake):
     mistake("spaces", "home_made:large", "--file", home_made(), says=["home_made:large"])
     mistake("spaces", "nowhere:large", "--file", home_made(), says=["nowhere"])
     mistake("spaces", "home_made:nn.Linear", "--file", home_made(), says=["home_made:nn.Linear"])
+
+
+def test_a_file_is_drafted(tmp_path, sidt_command, mistake, home_made):
+    file = tmp_path / "drafted.yaml"
+    code, out, err = sidt_command("spaces", MODEL, "--draft", file, "--input", "3x32x32")
+    assert code == 0, err
+    assert "fits VisionTransformer" in out and "attn_dim" in out
+    code, out, err = sidt_command("spaces", MODEL, "--file", file, "--input", "3x32x32")
+    assert code == 0 and "nothing for" not in out, err
+    mistake("spaces", MODEL, "--draft", file, says=["drafted.yaml", "already there"])
+    mistake("spaces", "--draft", file, says=["MODEL"])
+    mistake("spaces", MODEL, "--draft", file, "--file", file, says=["from a model alone"])
+    home_made(forward="x.flatten(1)).view(-1, 6")
+    wrong = tmp_path / "wrong.yaml"
+    mistake("spaces", "home_made:small", "--draft", wrong, "--input", "3x2x2", says=["wrong.yaml", "did not pass"])
+    assert "DID NOT PASS" in wrong.read_text()

@@ -18,11 +18,11 @@ from torch.utils.data import TensorDataset
 import sidt
 from sidt.cli.commands import cli
 from sidt.export.checkpoint import save
+from sidt.space.outputs import heads_of
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.distillation import TeacherConfig, dissimilarity, distillation_loss, divergence
-from sidt.training.evaluation import heads_of
 from sidt.training.loop import TrainConfig, finetune, fit
 
 FAMILIES = pytest.mark.parametrize("backbone", [VIT_TINY, SWIN, PVT], ids=str)
