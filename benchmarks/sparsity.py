@@ -30,6 +30,7 @@ PUBLISHED = {
     "ternary": "21x smaller, -1.74 / -0.94 top-1 / 5 (ResNet-18, ImageNet; 16x of it are the 2 bits)",
     "tiles": "up to 10x a layer, 2.6x faster (R(2+1)D, ZCU102)",
     "memristor": "rows and columns of crossbars by ADMM, 8-bit levels",
+    "levels": "the memristor framework's 8-bit levels alone",
     "smcd": "26.5 % of the computing and 14.2 % of the sending saved (phones)",
     "two_of_four": "reference",
     "int8": "reference: ONNX Runtime",

@@ -47,7 +47,11 @@ DEPTHS: tuple[Mapping[str, Any], ...] = (
 
 def attends(model: nn.Module) -> bool:
     """Whether a module of a model has heads, beside the pooling before its classifier."""
-    having = (name for name, m in model.named_modules() if isinstance(getattr(m, "num_heads", None), int))
+    having = (  # Hiera calls them heads
+        name
+        for name, m in model.named_modules()
+        if any(isinstance(getattr(m, heads, None), int) for heads in ("num_heads", "heads"))
+    )
     return any(name and not name.startswith(("attn_pool", "head")) for name in having)
 
 

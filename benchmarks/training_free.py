@@ -260,8 +260,8 @@ def writers(space: DimensionSpace, name: str) -> tuple[list[Stretch], list[Stret
     """The rows of all heads that write a q/k dimension, q before k: of weights, and of biases."""
     found: tuple[list[Stretch], list[Stretch]] = ([], [])
     for parameter, place in space.places.items():
-        for start, end, *_ in views(place.axes[0], space.sizes, name, space.per):
-            found[len(place.axes) == 1].append((parameter, start, end))
+        for at, *_ in views(place.axes[0], space.sizes, name, space.per):
+            found[len(place.axes) == 1].append((parameter, at[0], at[-1] + 1))
     return found
 
 
