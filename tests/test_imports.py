@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. What stands beside the folders (sidt/errors.py, detection/models.py) is in GROUND or in ROOF.
 FOLDERS = (
     *("space", "cost", "surgery", "data", "training", "importance", "allocation"),
-    *("sparsity", "hardware", "partition", "export", "report", "runs"),
+    *("sparsity", "hardware", "partition", "export", "drafting", "report", "runs"),
 )
 DETECTION = ("operators", "data", "detectors", "training", "runs")
 GROUND = {"sidt.files", "sidt.settings", "sidt.search_spaces", "sidt.configs"}
@@ -26,12 +26,16 @@ ONLY = {
     "jinja2": {"sidt.report.parts"},
     "timm": {
         "sidt.surgery.attention",
+        "sidt.surgery.forwards",
+        "sidt.surgery.norms",
+        "sidt.surgery.rotary",
         "sidt.data.loading",
         "sidt.data.preparation",
         "sidt.training.loop",
         "sidt.export.models",
     },
     "huggingface_hub": {"sidt.export.hub", "sidt.runs.card"},
+    "transformers": {"sidt.surgery.forwards"},  # and, by name, sidt.export.huggingface
     "mmdet": {"sidt.detection"},
     "mmcv": {"sidt.detection"},
     "mmengine": {"sidt.detection"},
@@ -124,7 +128,9 @@ def under(module: str, packages: set[str]) -> bool:
 
 def test_no_backbone_has_a_name_outside_its_places():
     for module, source in SOURCES.items():
-        if module != "sidt.surgery.attention" and not under(module, {"sidt.detection.detectors"}):
+        if module != "sidt.surgery.attention" and not under(
+            module, {"sidt.detection.detectors", "sidt.surgery.forwards"}
+        ):
             assert not [word for word in BACKBONES if word in source], module
 
 
