@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from sqlalchemy.exc import ArgumentError
 
 from sidt.errors import InputError
@@ -59,7 +62,7 @@ def shared(url: str) -> optuna.storages.BaseStorage:
             engine_kwargs=options,
             heartbeat_interval=_BEAT,
             grace_period=_GRACE,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
+            heartbeat_stale_trial_callback=_tried_again(),
         )
     if _file_of(url) is not None:
         sqlalchemy.event.listen(storage.engine, "begin", lambda link: link.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -74,6 +77,30 @@ def _driver_of(url: str) -> Iterator[None]:
         extra = _EXTRAS.get(sqlalchemy.make_url(url).get_backend_name())
         advice = f"pip install 'sidt[{extra}]'" if extra else "install it"
         raise InputError(f"the storage {shown(url)} needs a driver that is not installed; {advice}") from None
+
+
+def fail_gone(study: optuna.Study, kept: optuna.storages.BaseStorage) -> None:
+    """Fail the trials whose worker is gone, and put them up to be tried again.
+
+    Optuna knows those whose signs of life have ceased. A worker that was killed, or whose server went away, between the
+    start of its trial and the first sign has left none.
+    """
+    if not isinstance(kept, optuna.storages.RDBStorage):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fail_stale_trials(study)
+        again = _tried_again()
+    with kept.engine.connect() as link:
+        alive = set(link.scalars(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats")))
+    late = datetime.now() - timedelta(seconds=_GRACE)
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        if trial._trial_id not in alive and trial.datetime_start is not None and trial.datetime_start < late:
+            again(study, study.tell(trial.number, state=TrialState.FAIL))
+
+
+def _tried_again() -> optuna.storages.RetryHeartbeatStaleTrialCallback:
+    return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
 
 
 def gives_signs(url: str | None) -> bool:

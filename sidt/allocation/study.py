@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import fail_stale_trials
 from optuna.study import MaxTrialsCallback, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from sidt.allocation.curve import Point, along, nearest, place_on_curve, reachable
 from sidt.allocation.greedy import Rules, allocate
 from sidt.allocation.knobs import WIDTH, knobs_of, plan_at
-from sidt.allocation.storage import gives_signs, insist, opening, shared
+from sidt.allocation.storage import fail_gone, gives_signs, insist, opening, shared
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import LayerLatencies
@@ -351,10 +350,8 @@ def _open(storage: str | None, name: str, pareto: bool, first: list[dict[str, fl
             storage=kept, study_name=name, directions=directions, pruner=pruner, load_if_exists=True
         )
         alive: tuple[TrialState, ...] = ()
-        if gives_signs(storage):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                fail_stale_trials(study)
+        if kept is not None and gives_signs(storage):
+            fail_gone(study, kept)
             alive = (TrialState.RUNNING,)
         there: list[Any] = [t.params for t in study.get_trials(states=(*_FINISHED, *alive))]
         there += [t.system_attrs.get("fixed_params") for t in study.get_trials(states=(TrialState.WAITING,))]

@@ -160,6 +160,18 @@ def test_a_killed_workers_trial_is_failed_and_tried_again(tmp_path, soon):
     )
 
 
+def test_a_trial_whose_worker_went_before_its_first_sign_is_tried_again(tmp_path, soon):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = run(url, trials=1).study
+    silent = study.ask()  # as a worker has it before its trial runs
+    run(url, trials=2)
+    assert study.trials[silent.number].state == TrialState.RUNNING  # its worker may still be about to begin
+    time.sleep(2.5)
+    ended = states(run(url, trials=3))
+    assert ended[silent.number] == TrialState.FAIL and TrialState.RUNNING not in ended
+    assert any(t.system_attrs.get("retry_history") == [silent.number] for t in study.trials)
+
+
 def test_a_journal_is_a_storage(tmp_path, refused):
     url = f"journal:///{tmp_path / 'study.log'}"
     first = run(url, trials=2)
