@@ -104,7 +104,8 @@ def one_seed(backbone: str, seed: int, shares: list[float], folder: Path, data: 
     batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
     classifier, digits, accuracy = digit_classifier(detector, config, space, seed)
     ways = methods(detector, batches, digits, classifier, space)
-    ways["SiDT with width, detection loss"] = with_width(detector, config, batches, input_size(run))
+    with_all = with_width(detector, config, batches, input_size(run))
+    ways["SiDT with width, detection loss"] = lambda share: with_all(Budget(macs=share))
     curves = all_curves(folder / "curves", config, ways)
     rows = {}
     for name, share, way in [("dense", 1.0, ""), *(_row(way, share) for share in shares for way in FINETUNED)]:
@@ -171,7 +172,7 @@ def methods(
 
 def with_width(
     detector: nn.Module, config: Config, batches: list[Any], size: InputSize
-) -> Callable[[float], nn.Module]:
+) -> Callable[[Budget], nn.Module]:
     """The backbone's width with the other dimensions, by the plain ranking, as ``sidt detect search`` starts."""
 
     @cache
@@ -181,9 +182,9 @@ def with_width(
         base, moments = align(plain, measure_moments(plain, batches, forward=detector_loss, space=space))
         return base, moments, criteria.taylor(base, batches, detector_loss, space=moments.space)
 
-    def make(share: float) -> nn.Module:
+    def make(budget: Budget) -> nn.Module:
         base, moments, scores = scored()
-        return compensate(base, allocate(scores, Budget(macs=share)), moments)
+        return compensate(base, allocate(scores, budget), moments)
 
     return make
 

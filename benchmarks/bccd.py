@@ -1,0 +1,317 @@
+"""A detector of blood cells, pruned by its own loss, beside what others rank by and repair with.
+
+    python benchmarks/bccd.py --data DIR --seeds 0,1,2
+
+DIR is BCCD in COCO's format (docs/detection.md says where it is from). For every seed the detector of
+configs/detection/bccd_swin.py is trained; its backbone is cut to shares of its parameters and of its multiply-adds, by
+the plain ranking; some are fine-tuned with the dense detector as teacher. Everything is kept below --runs, so a stopped
+benchmark goes on, and with --only several processes share its work.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from cells import RivalError, Setting
+from mmengine.config import Config
+from results import environment, write_results
+from torch import Tensor, nn
+from training_free import corp, vbp
+
+from detection import curve, spread, with_width
+from sidt import importance as criteria
+from sidt.allocation.greedy import allocate
+from sidt.cost.budget import Budget
+from sidt.cost.clock import time_in_turn
+from sidt.detection.data.sources import source_of
+from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
+from sidt.detection.detectors.space import detector_space, parts, predict
+from sidt.detection.runs import pipeline
+from sidt.detection.runs.folder import DetectionRun, input_size, open_run
+from sidt.detection.training.loss import detector_loss, read_batches
+from sidt.files import read_json, write_json
+from sidt.importance.scores import Importance
+from sidt.report.tables import table
+from sidt.space.space import space_for
+from sidt.surgery.slicing import slice_model
+from sidt.training.devices import resolve_device
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
+SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
+SCORE_IMAGES = 128
+OURS, TAYLOR = "SiDT", "Taylor of each parameter"
+DENSE = "dense, trained on as long"
+# What is fine-tuned: a way, what is counted, and the share that is left.
+TUNED = [
+    *((OURS, "params", share) for share in SHARES),
+    *((OURS, "macs", share) for share in (0.1, 0.05)),
+    *((way, "params", 0.1) for way in (TAYLOR, "L2", "random")),
+]
+Way = Callable[[Budget], nn.Module]
+
+
+@dataclass(frozen=True)
+class OfDetector(Setting):
+    """What CORP and VBP are given: the backbone alone, on the images that the detector's loss sees."""
+
+    batches: list[Any]
+    detector: Any
+
+    def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            images = self.detector.data_preprocessor(copy.deepcopy(batch), False)["inputs"]
+            yield images, torch.zeros(len(images))
+
+
+def ways_of(detector: Any, config: Config, batches: list[Any], size: tuple[int, int, int], seed: int) -> dict[str, Way]:
+    """Ways to a smaller detector, each from a budget of the backbone."""
+    space = detector_space(detector, config.model, size)
+
+    def sliced(score: Callable[[], Importance]) -> Way:
+        once = cache(score)
+        return lambda budget: slice_model(detector, allocate(once(), budget))
+
+    def rival(method: Callable[[Setting], Any]) -> Way:
+        def make(budget: Budget) -> nn.Module:
+            kind = "params" if budget.params is not None else "macs"
+            share = budget.params if budget.params is not None else budget.macs
+            given = _setting(detector, batches, size, kind, float(share or 0))
+            twin = copy.deepcopy(detector)
+            twin.backbone = method(given)[0].to(next(detector.parameters()).device)
+            return twin
+
+        return make
+
+    scored = partial(criteria.taylor, detector, batches, detector_loss, space=space)
+    return {
+        OURS: with_width(detector, config, batches, size),
+        TAYLOR: sliced(partial(scored, level="parameter")),
+        "CORP": rival(corp),
+        "VBP": rival(vbp),
+        "L2": sliced(partial(criteria.magnitude, detector, p=2, space=space)),
+        "random": sliced(partial(criteria.random, detector, seed=seed, space=space)),
+    }
+
+
+def _setting(detector: Any, batches: list[Any], size: tuple[int, int, int], kind: str, share: float) -> OfDetector:
+    twin = copy.deepcopy(detector).cpu().eval()
+    data: Any = None  # neither trains, and neither chooses by held-out images
+    space = space_for(twin.backbone, size)
+    return OfDetector(twin.backbone, space, data, kind, share, 0, SCORE_IMAGES, Path(), batches, twin)
+
+
+def open_seed(seed: int, folder: Path, data: Path, epochs: int | None) -> DetectionRun:
+    """A run of the benchmark's config; another number of epochs is to try the benchmark, not for results."""
+    options: dict[str, Any] = {"randomness.seed": seed}
+    if epochs is not None:
+        options |= {"train_cfg.max_epochs": epochs, "train_cfg.val_interval": epochs}
+    run = open_run(SOURCE, folder, options, {"seed": seed}, data_root=data)
+    if epochs is not None:
+        run.settings.finetune.update({"train_cfg.max_epochs": epochs, "train_cfg.val_interval": epochs})
+    return run
+
+
+def train(run: DetectionRun) -> None:
+    """The dense detector, if it is not there."""
+    if not (run.folder / "dense" / CONFIG).is_file():
+        click.echo(pipeline.train_dense(run))
+
+
+def prepared(run: DetectionRun, seed: int) -> tuple[Any, Config, dict[str, Way]]:
+    """The dense detector on its device, and the ways to a smaller one."""
+    detector, config = load_detector(run.folder / "dense")
+    detector.to(resolve_device("auto"))
+    batches = read_batches(config, SCORE_IMAGES, batch_size=config.train_dataloader.batch_size, seed=seed)
+    return detector, config, ways_of(detector, config, batches, input_size(run), seed)
+
+
+def untrained(run: DetectionRun, seed: int, only: str) -> None:
+    """Test AP of every way at every share without training; a file for each."""
+    _, config, ways = prepared(run, seed)
+    for name, way in ways.items():
+        for kind in KINDS:
+            file = run.folder / "curves" / f"{_plain(name)}-{kind}.json"
+            if only not in f"{name} {kind}" or file.is_file():
+                continue
+            found: list[float | None] = []
+            for share in SHARES:
+                try:
+                    found += curve(config, [way(Budget(**{kind: share}))])
+                except RivalError as error:  # whatever a rival cannot reach is its result
+                    click.echo(f"{name}, {share:.0%} of the {kind}: {error}")
+                    found.append(None)
+            write_json(file, found)
+            click.echo(f"seed {seed}, {name}, {kind}: {[_percent(ap) for ap in found]}")
+
+
+def tuned(run: DetectionRun, seed: int, only: str) -> None:
+    """What is fine-tuned, and the dense detector trained on for as long; a folder for each."""
+    detector, config, ways = prepared(run, seed)
+    for row in [(DENSE, "params", 1.0), *TUNED]:
+        place = run.folder / "rows" / _plain(_name(*row))
+        if only not in _name(*row) or (place / "row.json").is_file():
+            continue
+        way, kind, share = row
+        small = detector if way == DENSE else ways[way](Budget(**{kind: share}))
+        save_detector(
+            copy.deepcopy(small).cpu(), config, place / "sliced", source_of(config, "train_dataloader").classes
+        )
+        if not (place / "dense").exists():
+            shutil.copytree(run.folder / "dense", place / "dense")  # the teacher
+        own = DetectionRun(place, run.config, run.settings, run.options, run.data_root)
+        click.echo(f"seed {seed}, {_name(*row)}: {pipeline.finetune(own, teacher=way != DENSE)}")
+        size = input_size(run)
+        found = {
+            step: pipeline.evaluate_detector(where, config, size, per_class=True, latency=False)
+            for step, where in (("sliced", place / "sliced"), ("fine-tuned", place))
+        }
+        space = detector_space(detector, config.model, size)
+        plan = getattr(small, "sidt_plan", None)
+        cost = parts(space if plan is None else plan.space, plan.sizes if plan is not None else None)["backbone"]
+        write_json(place / "row.json", found | {"backbone": {"params": cost.params, "macs": cost.macs}})
+        aps = ", ".join(f"{step} {_percent(found[step]['bbox']['AP'])}" for step in found)
+        click.echo(f"seed {seed}, {_name(*row)}: {aps}")
+
+
+def _name(way: str, kind: str, share: float) -> str:
+    return way if way == DENSE else f"{way}, {share:.0%} of the {KINDS[kind]}"
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _percent(ap: float | None) -> str:
+    return "-" if ap is None else f"{100 * ap:.1f}"
+
+
+def latencies(run: DetectionRun) -> dict[str, float]:
+    """Milliseconds of whole detectors on this CPU, one image, timed in turn."""
+    size, calls = input_size(run), {}
+    rows = [(DENSE, "params", 1.0), *(row for row in TUNED if row[0] == OURS)]
+    for row in rows:
+        detector = load_detector(run.folder / "rows" / _plain(_name(*row)))[0].eval()
+        calls[_name(*row)] = partial(_infer, detector, torch.randn(1, *size))
+    return time_in_turn(calls, rounds=9, seconds=120)
+
+
+@torch.inference_mode()
+def _infer(detector: nn.Module, images: Tensor) -> None:
+    predict(detector, images)
+
+
+def untrained_table(folders: list[Path], kind: str) -> str:
+    """AP without training by what is left, mean and spread over the seeds."""
+    lines = []
+    for file in sorted({f.name for f in (folders[0] / "curves").glob(f"*-{kind}.json")}, key=_order):
+        found = [read_json(folder / "curves" / file) for folder in folders]
+        cells = [
+            spread([own[i] for own in found]) if all(own[i] is not None for own in found) else "-" for i in range(4)
+        ]
+        lines.append([_title(file), *cells])
+    return table(["", *(f"{share:.0%} of the {KINDS[kind]}" for share in SHARES)], lines, "md")
+
+
+def _order(file: str) -> int:
+    return [*map(_plain, (OURS, TAYLOR, "CORP", "VBP", "L2", "random"))].index(file.rsplit("-", 1)[0])
+
+
+def _title(file: str) -> str:
+    return (OURS, f"{TAYLOR} (Torch-Pruning's score)", "CORP", "VBP", "L2", "random")[_order(file)]
+
+
+def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
+    """Scores of the fine-tuned detectors."""
+    lines = []
+    for row in [(DENSE, "params", 1.0), *TUNED]:
+        found = [read_json(folder / "rows" / _plain(_name(*row)) / "row.json") for folder in folders]
+        after = [own["fine-tuned"]["bbox"] for own in found]
+        first = found[0]["backbone"]
+        lines.append(
+            [
+                _name(*row),
+                spread([own["sliced"]["bbox"]["AP"] for own in found]),
+                *(spread([own[key] for own in after]) for key in ("AP", "AP50", "APs", "APm", "APl")),
+                *(spread([own["classes"][name] for own in after]) for name in after[0]["classes"]),
+                first["params"],
+                first["macs"],
+                f"{times[_name(*row)]:.1f}" if _name(*row) in times else "-",
+            ]
+        )
+    headers = ["backbone", "AP, sliced", "AP", "AP50", "APs", "APm", "APl", *after[0]["classes"]]
+    return table([*headers, "backbone params", "backbone MACs", "ms, detector"], lines, "md")
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--runs", default="runs/bccd", type=click.Path(path_type=Path), show_default=True)
+@click.option("--steps", default="train,untrained,tuned,write", show_default=True)
+@click.option("--only", default="", help="Rows whose name holds this; for the steps untrained and tuned.")
+@click.option("--epochs", type=int, help="Of every training, to try the benchmark.")
+@click.option("--where", type=click.Path(path_type=Path), help="A file with the environment of the trainings.")
+@click.option("--out", default=str(HERE / "results" / "bccd"), type=click.Path(path_type=Path))
+def main(
+    data: Path, seeds: str, runs: Path, steps: str, only: str, epochs: int | None, where: Path | None, out: Path
+) -> None:
+    """Run some steps of all seeds, then write the results."""
+    wanted, numbers = steps.split(","), [int(seed) for seed in seeds.split(",")]
+    folders = [runs / f"seed-{seed}" for seed in numbers]
+    for seed, folder in zip(numbers, folders, strict=True):
+        run = open_seed(seed, folder, data, epochs)
+        if "train" in wanted:
+            train(run)
+        if "untrained" in wanted:
+            untrained(run, seed, only)
+        if "tuned" in wanted:
+            tuned(run, seed, only)
+    if "environment" in wanted:
+        click.echo(json.dumps(environment()))
+    if "write" not in wanted:
+        return
+    here = environment()
+    times = latencies(open_seed(numbers[0], folders[0], data, epochs))
+    text = [
+        f"{SOURCE.name}: a small Swin and ATSS, trained from random weights on BCCD's 292 training images but those "
+        "that are held out, tested on its 72 test images. COCO box AP in percent, mean +- standard deviation over the "
+        f"seeds {seeds} (of training, score images and random scores). Plans are the plain ranking's within the budget "
+        f"of the backbone; scores and moments are of the detector's own loss on {SCORE_IMAGES} images. SiDT aligns, "
+        "cuts the width too, and repairs; Taylor of each parameter is what Torch-Pruning ranks by, on the same "
+        "dimensions but the width; CORP and VBP are made from their formulas, on the backbone. '-': a method cannot "
+        "get that small.",
+        "Without training:",
+        *(untrained_table(folders, kind) for kind in KINDS),
+        "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
+        "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
+        tuned_table(folders, times),
+    ]
+    facts = {
+        folder.name: {
+            "curves": {f.stem: read_json(f) for f in sorted((folder / "curves").glob("*.json"))},
+            "rows": {f.parent.name: read_json(f) for f in sorted((folder / "rows").glob("*/row.json"))},
+        }
+        for folder in folders
+    }
+    trained_on = read_json(where) if where is not None else here
+    if where is not None:
+        text.append(f"Trained and tested on {trained_on['machine']}, {trained_on.get('gpu', 'no GPU')}.")
+    write_results(
+        out,
+        "Blood cells, bccd_swin.py",
+        here,
+        "\n\n".join(text),
+        {"trained on": trained_on, "seeds": facts, "ms": times},
+    )
+    click.echo("\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
