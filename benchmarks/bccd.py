@@ -302,7 +302,7 @@ def main(
     }
     trained_on = read_json(where) if where is not None else here
     if where is not None:
-        text.append(f"Trained and tested on {trained_on['machine']}, {trained_on.get('gpu', 'no GPU')}.")
+        text.append(f"Trained and tested on {trained_on['machine']}, with torch {trained_on['versions']['torch']}.")
     write_results(
         out,
         "Blood cells, bccd_swin.py",

@@ -1,6 +1,6 @@
 """Whether latency follows multiply-adds: sliced models beside the dense one, timed in turn, layer by layer.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py [--batches 1,8] [--rounds 7]
+    OMP_NUM_THREADS=1 python benchmarks/latency.py [--batches 1,8] [--rounds 7] [--device cuda]
 
 With one thread the clock is the thread's own, so other programs on the machine show less. Weights and scores are
 random: time depends on sizes alone.
@@ -92,9 +92,9 @@ def lazy_layers(seen: Float, names: list[str], members: list[str], column: int, 
     return found
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, rounds: int, device: str) -> dict[str, Any]:
     """All plans of one model at one batch size."""
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name).eval().to(device)
     space = space_for(model)
     scores = importance.random(model, seed=0, space=space)
     layers = timed_layers(model, space, nn.Module.__call__)
@@ -190,21 +190,23 @@ def verdict(found: dict[str, Any]) -> str:
 def section(title: str, found: dict[str, Any]) -> str:
     """All that is said of one model at one batch size."""
     tables = f"{whole_table(found)}\n\n{verdict(found)}\n\n{parts_table(found)}"
-    return f"## {title} (clock: {found['where']['clock']})\n\n{tables}"
+    where = found["where"]
+    return f"## {title} on {where['machine']} (clock: {where['clock']})\n\n{tables}"
 
 
 @click.command()
 @click.option("--models", default=MODELS, show_default=True)
 @click.option("--batches", default="1,8", show_default=True)
 @click.option("--rounds", default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--out", default=str(HERE / "results" / "latency"), type=click.Path(path_type=Path))
-def main(models: str, batches: str, rounds: int, out: Path) -> None:
+def main(models: str, batches: str, rounds: int, device: str, out: Path) -> None:
     """Measure, then write the results."""
     data: dict[str, Any] = {}
     text = [ABOUT.format(rounds=rounds)]
     for name in models.split(","):
         for batch in map(int, batches.split(",")):
-            found = measure(name, batch, rounds)
+            found = measure(name, batch, rounds, device)
             data[f"{name}, batch {batch}"] = found
             text.append(section(f"{name}, batch {batch}", found))
             click.echo(text[-1])

@@ -33,7 +33,8 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit.strip(),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+        + "".join(f", {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
         "python": platform.python_version(),
         "versions": versions,
     }
