@@ -2,7 +2,7 @@
 
 import copy
 import re
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -47,7 +47,7 @@ def plan_of(space: DimensionSpace, which: int | str, kinds=KINDS) -> DimensionPl
     return random_plan(space, 0, kinds, sublayers(space, which)) if which in EMPTY else random_plan(space, which, kinds)
 
 
-@cache
+@lru_cache(maxsize=16)  # those of one backbone
 def sliced_by(backbone: Backbone, which: int | str, kinds=KINDS) -> tuple[DimensionPlan, nn.Module]:
     model, space = dense(backbone)
     plan = plan_of(space, which, kinds)
