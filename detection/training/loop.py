@@ -50,28 +50,46 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         for old in states.glob(f"{label}-*"):
             if old != own:
                 shutil.rmtree(old)
-    found = find_latest_checkpoint(str(own)) if own.is_dir() else None
-    start = found or weights
-    if start is not None:
-        read_checkpoint(start)  # MMEngine would unpickle a file that holds code
+    found = _latest(own)  # not one that MMEngine would unpickle although it holds code
+    if found is None and weights is not None:
+        read_checkpoint(weights)
     config.resume = found is not None
-    config.load_from = None if found is not None or weights is None else str(weights)
+    config.load_from = str(found or weights) if found or weights else None
     hooks = config.setdefault("default_hooks", {})
-    hooks["checkpoint"] = {
-        "type": "CheckpointHook",
-        "interval": 1,
-        **(hooks.get("checkpoint") or {}),
-        "save_last": True,
-    }
+    saving = {"type": "CheckpointHook", "interval": 1, **(hooks.get("checkpoint") or {}), "save_last": True}
+    if saving.get("max_keep_ckpts") == 1:
+        saving["max_keep_ckpts"] = 2  # MMEngine removes an old one before it writes the next
+    hooks["checkpoint"] = saving
     with told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
         runner = Runner.from_cfg(config)
         runner.register_hook(Progress(label))
         runner.train()
     barrier()
-    found = find_latest_checkpoint(str(own))
+    found = _latest(own)
     if found is None:
         raise InputError(f"the training left no checkpoint in {own}; check train_cfg and the CheckpointHook")
-    return Path(found)
+    return found
+
+
+def _latest(folder: Path) -> Path | None:
+    """The last checkpoint that is whole: MMEngine names one in a file, and may be stopped while it writes either.
+
+    Raises:
+        InputError: there are checkpoints, and none can be read; of the last one, why.
+    """
+    named = Path(find_latest_checkpoint(str(folder)) or "") if folder.is_dir() else Path()
+    others = sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime, reverse=True)
+    refused: InputError | None = None
+    for file in [*(file for file in others if file.name == named.name), *others]:
+        try:
+            read_checkpoint(file)
+        except InputError as error:
+            refused = refused or error
+            continue
+        return file
+    if refused is not None:
+        raise refused
+    return None
 
 
 def prepared(config: Config, work_dir: Path, launcher: Launcher) -> Config:

@@ -1,7 +1,6 @@
 """A detection run from end to end, on digits of a few pixels: files, budgets and MMDetection's own tools."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mmdet.apis import DetInferencer, inference_detector, init_detector
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from pages import Page
 from safetensors.torch import load_file
 from small_detector import (
@@ -359,53 +356,6 @@ def test_the_loss_of_a_batch_is_repeatable_and_of_the_detector(config, data, che
 
 def flat(value):
     return value if isinstance(value, list) else [value]
-
-
-# --- training ------------------------------------------------------------------------------------------------------
-
-
-@HOOKS.register_module()
-class StopOnce(Hook):
-    """Stops the first training that it sees after its first epoch, as Ctrl-C would."""
-
-    armed = True
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1 and type(self).armed:
-            type(self).armed = False
-            raise KeyboardInterrupt
-
-
-def test_a_stopped_training_goes_on(config, data, tmp_path):
-    hooks = {"custom_hooks": [{"type": "StopOnce"}], "default_hooks.checkpoint.interval": 1}
-    options = {"train_cfg.max_epochs": 2, **hooks}
-    stopped = open_run(config, tmp_path / "stopped", options, data_root=data)
-    StopOnce.armed = True
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.train_dense(stopped)
-    assert not (tmp_path / "stopped" / "dense").exists()
-    pipeline.train_dense(stopped)
-    log = sorted((tmp_path / "stopped" / "states").glob("train-*/*/*.log"))[-1].read_text()
-    assert "resumed epoch: 1" in log
-    whole_run = open_run(config, tmp_path / "whole", options, data_root=data)
-    pipeline.train_dense(whole_run)
-    weights = [load_file(tmp_path / name / "dense" / "model.safetensors") for name in ("stopped", "whole")]
-    assert weights[0].keys() == weights[1].keys()
-
-
-@pytest.mark.slow
-def test_two_processes_train(config, data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words = ["-m", "sidt", "detect", "train", str(config), "--out", str(tmp_path / "run"), "--data-root", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words, "--launcher", "pytorch"], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = next((tmp_path / "run" / "states").glob("train-*/*/*.log")).read_text()
-    assert "GPU number: 2" in log and "MMDistributedDataParallel" in log
-    detector, _ = load_detector(tmp_path / "run" / "dense")
-    assert all(p.isfinite().all() for p in detector.parameters())
 
 
 def test_another_split_needs_another_run(run, config, data, refused):
