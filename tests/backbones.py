@@ -170,6 +170,7 @@ SMALL_SWIN_CR = {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4,
 SMALL_DAVIT = {"embed_dims": (16, 24, 32, 48), "num_heads": (2, 2, 4, 4), "depths": (1, 1, 1, 1), "window_size": 4}
 SMALL_PIT = {"img_size": 64, "base_dims": (8, 8, 8), "heads": (2, 4, 8), "depth": (1, 1, 1)}
 SMALL_HIERA = {"embed_dim": 16, "num_heads": 2, "stages": (1, 2, 1, 1)}
+SMALL_TOWER = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4, "out_features": 32}  # of language models
 TIMM_BACKBONES = (
     Backbone("vit_tiny_patch16_224", VIT),
     Backbone("deit_tiny_patch16_224", VIT),
@@ -239,6 +240,12 @@ TIMM_BACKBONES = (
     Backbone("test_maxvit", COAT | {"block_type": ("PM", "M", "C", "T"), "depths": (1, 1, 1, 2)}),
     Backbone("test_coatnet", COAT | CONVNEXT | {"block_type": ("M", "T", "C", "T"), "depths": (1, 1, 1, 1)}),
     Backbone("test_maxvit", COAT | TENSORFLOW | {"block_type": ("M", "M", "C", "M")}, label="tf"),
+    Backbone("qwen3_vit_88m_enc", SMALL_TOWER, (3, 64, 64)),
+    Backbone("qwen3_vit_88m_merge", SMALL_TOWER, (3, 64, 64)),
+    Backbone("qwen3_vit_88m", SMALL_TOWER, (3, 64, 64)),
+    Backbone("deepseek_vit_412m_enc", SMALL_TOWER | {"patch_size": 8}, (3, 64, 64)),
+    Backbone("deepseek_vit_412m_align", SMALL_TOWER | {"patch_size": 8}, (3, 64, 64)),
+    Backbone("deepseek_vit_412m", SMALL_TOWER | {"patch_size": 8}, (3, 64, 64)),
     Backbone("swin_tiny_patch4_window7_224", {"depths": (1, 2, 2, 1), "img_size": 112, "embed_dim": 48}),
     Backbone("swinv2_tiny_window8_256", {"depths": (1, 2, 2, 1), "img_size": 128, "embed_dim": 48}),
     Backbone("pvt_v2_b0", {"depths": (1, 1, 2, 1)}, (3, 64, 64)),

@@ -51,10 +51,12 @@ class Binder:
 
     def paired(self, axis: ParsedAxis) -> ParsedAxis:
         """An axis in which two rows stand for each unit that is a pair of them in this model."""
-        for name, (present, halves) in self.family.pairs.items():
-            if get_attribute(self.model, present) is not None:
-                halved = bool(get_attribute(self.model, halves))
-                axis = tuple(tuple(part for f in term for part in _pair(f, name, halved)) for term in axis)
+        for name, paths in self.family.pairs.items():
+            for present, halves in zip(paths[::2], paths[1::2], strict=True):
+                if get_attribute(self.model, present) is not None:
+                    halved = bool(get_attribute(self.model, halves))
+                    axis = tuple(tuple(part for f in term for part in _pair(f, name, halved)) for term in axis)
+                    break
         return axis
 
     def with_stages(self, variables: Mapping[str, int]) -> dict[str, int]:

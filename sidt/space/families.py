@@ -60,7 +60,7 @@ class Family:
         whole: templates of modules that are never searched: what is in them needs no line, and stays as it is.
         pairs: axes whose units are pairs of rows in a model that has what is named first, as rotary positions: of a
             row in each half where the attribute named second is true (``qk`` is then ``2 qk``), else of neighbours
-            (``qk 2``).
+            (``qk 2``). Two names more are those of models that do not have the first.
         stages: index variables that count blocks of a flat list, each with the template of the tensor that begins a new
             one: ``s: blocks.{i}.proj.weight`` makes s of block i the number of these up to it.
         text: what is in the file, which checkpoints take along; empty of one that comes with SiDT.
@@ -153,7 +153,7 @@ def read_family(file: Path) -> Family:
     models = tuple(map(str, tree["models"]))
     pairs = _followers(tree.get("pairs", {}))
     for name, paths in pairs.items():
-        if name not in rules or rules[name].kind != "qk" or len(paths) != 2:
+        if name not in rules or rules[name].kind != "qk" or not paths or len(paths) % 2:
             raise InputError(
                 f"{file}: pairs has {name}: {', '.join(paths)}; write an axis of kind qk, and what there is in models "
                 f"where its units are pairs, and the attribute that is true where these are halves of a head"

@@ -80,6 +80,8 @@ def stream_of(
         if not (name in layers or is_bias or len(axes) > 2):
             return f"{owner} changes the stream itself"
         places[name] = at
+    if not norms:
+        return "no norm stands before what reads it"
     last = [n for n, at in places.items() if 0 in at and n in layers and n not in behind]
     if (reason := _out_of_order(norms, last, trace)) is not None:
         return reason

@@ -234,12 +234,14 @@ def _follow(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.get_parameter("weight").shape)  # type: ignore[assignment]
 
 
-def _set_attribute(model: nn.Module, path: str, value: int) -> None:
+def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) -> None:
     owner, _, leaf = path.rpartition(".")
     target = get_attribute(model, owner) if owner else model
     if isinstance(target, dict):
         target[leaf] = value
     elif isinstance(target, list):
         target[int(leaf)] = value
+    elif isinstance(target, tuple):
+        _set_attribute(model, owner, (*target[: int(leaf)], value, *target[int(leaf) + 1 :]))
     else:
         setattr(target, leaf, value)
