@@ -43,6 +43,7 @@ def site(tmp_path_factory):
     return out / "site"
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_imports_in_an_empty_folder(site, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", WALK, str(site), HUGGING_FACE]
     walked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

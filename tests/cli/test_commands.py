@@ -58,6 +58,7 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_workers_search_together(finished, sidt_command, monkeypatch, tmp_path):
     """The first call of the first worker does nothing, so that what is there afterwards is the other's."""
     folder, calls = tmp_path / "run", []

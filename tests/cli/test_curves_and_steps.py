@@ -45,6 +45,7 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
     assert code == 2 and "search again" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_in_steps(config, tmp_path, sidt_command, mistake):
     run = tmp_path / "r"
     code, out, err = sidt_command("run", config, "--out", run, "--set", "steps=2", "--set", "budget.params=0.4")

@@ -62,6 +62,7 @@ def test_a_run_leaves_as_shards(run, sidt_command, tmp_path):
     assert code == 0 and [f.name for f in folder.glob("*.safetensors")] == ["shard-0-d0.safetensors"], err
 
 
+@pytest.mark.slow
 def test_what_the_file_does_not_say_is_measured_and_workers_run_the_shards(run, sidt_command, tmp_path):
     half = {"memory": 35e3}
     file = devices(tmp_path / "devices.yaml", half, half)

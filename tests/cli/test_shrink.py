@@ -131,6 +131,7 @@ def test_some_of_the_classes(shrink, images, weights):
     assert json.loads((run / "evaluation.json").read_text())["dense"]["images"] == 8
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_folder_and_from_a_run(sidt_command, images, tmp_path):
     sidt.save(trained(), tmp_path / "mine")
     arguments = ["--images", images, "--budget.params", "0.6", "--device", "cpu"]

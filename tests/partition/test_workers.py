@@ -22,6 +22,7 @@ def small_vit() -> tuple[nn.Module, torch.Tensor]:
     return shake(timm.create_model("vit_tiny_patch16_224", **args)).eval(), torch.randn(2, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_workers_give_the_output_of_the_model_and_the_time_of_its_pieces():
     model, images = small_vit()
     space = space_for(model)

@@ -27,6 +27,7 @@ def run_of(folder, **changes):
     return started(folder, parse(RunConfig, values | changes, "test"))
 
 
+@pytest.mark.slow
 def test_multiply_adds_and_budgets_are_of_the_images_of_the_run(tmp_path):
     run = run_of(tmp_path / "run")
     pipeline.train(run)

@@ -37,6 +37,7 @@ def exported(*arguments):
 
 
 @pytest.mark.parametrize("part", ["backbone", "detector"])
+@pytest.mark.slow
 def test_the_sliced_detector_leaves_beside_the_dense_one(run, part):
     said = exported(run, "--input", "3x64x64", "--part", part)
     names = [line.split()[0] for line in said.splitlines()[2:4]]

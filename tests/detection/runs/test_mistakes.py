@@ -174,6 +174,7 @@ def test_damaged_images_are_named(config, data, tmp_path, refused):
 @pytest.mark.parametrize(  # OpenCV does not name an empty file, and Pillow names none
     ("workers", "kept", "backend"), [(0, 60, "cv2"), (1, 60, "cv2"), (0, 0, "cv2"), (1, 0, "pillow")]
 )
+@pytest.mark.slow
 def test_a_damaged_image_is_named_by_every_step(config, data, checkpoint, tmp_path, refused, workers, kept, backend):
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)

@@ -42,6 +42,7 @@ def test_a_detector_of_one_class_is_judged_on_images_that_have_it(data, tmp_path
         assert {image["id"] for image in split["images"]} == having and len(having) == 3
 
 
+@pytest.mark.slow
 def test_images_that_cannot_judge_are_said_before_the_first_trial(data, tmp_path, refused):
     """A split of an earlier version, which held out images without the class."""
     run = one_class(tmp_path, data)

@@ -201,6 +201,7 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     assert load_detector(folder / "sliced")[0].sidt_rotated == ("embed.1", "embed.2")  # base/ was read again
 
 
+@pytest.mark.slow
 def test_what_is_of_another_detector_is_not_taken(run, checkpoint, tmp_path, refused):
     """The same search leaves the same files; another one's slice was not fine-tuned, another detector not searched."""
     folder = tmp_path / "copy"
@@ -329,6 +330,7 @@ def test_det_inferencer_takes_it(moved, image):
 TOOL = (sys.executable, "-m", "sidt.detection.run")  # MMDetection's scripts, wherever mmcv has no operators
 
 
+@pytest.mark.slow
 def test_tools_test_takes_it(run, moved, tmp_path):
     command = [*TOOL, "tools/test.py", str(moved / "config.py"), str(moved / "model.safetensors")]
     done = subprocess.run([*command, "--work-dir", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)

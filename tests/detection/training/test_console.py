@@ -22,6 +22,7 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_a_training_and_a_test_are_a_bar_and_a_few_lines(config, tmp_path, capfd):
     last = train(config, None, tmp_path / "states", "train")
     shown = capfd.readouterr()

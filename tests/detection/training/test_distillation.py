@@ -117,6 +117,7 @@ def test_a_wrapped_student_learns(run, batch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_by_the_command_line(run):
     states = []
     for words in ([], ["--teacher"]):

@@ -100,6 +100,7 @@ def state_of(path):
     return torch.load(path, weights_only=False)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_exactly(config, start, tmp_path, whole):
     reach, theirs, seen = whole
     with pytest.raises(Stopped):
