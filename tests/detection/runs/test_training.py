@@ -10,8 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from safetensors.torch import load_file
 from small_detector import small_config, small_digits
+from torch.testing import assert_close
 
-from sidt.detection.detectors.checkpoints import load_detector
+from sidt.detection.detectors.configs import build_detector, read_config
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import open_run
 
@@ -81,15 +82,26 @@ def test_a_training_killed_while_it_writes_goes_on(config, data, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_two_processes_train(config, data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words = ["-m", "sidt", "detect", "train", str(config), "--out", str(tmp_path / "run"), "--data-root", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words, "--launcher", "pytorch"], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = next((tmp_path / "run" / "states").glob("train-*/*/*.log")).read_text()
+def test_two_processes_are_one(config, data, tmp_path):
+    """Normalisers of the losses are means over the processes, so as many images in one step are the same step."""
+    plain = ["train_cfg.max_epochs=1", "optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.lr=0.001"]
+    plain += ["param_scheduler=[]", "model.backbone.drop_path_rate=0.0"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    found = {}
+    for name, size, command in (("two", 2, torchrun), ("one", 4, [])):
+        words = ["-m", "sidt", "detect", "train", str(config), "--out", name, "--data-root", str(data)]
+        words += ["--launcher", "pytorch"] if command else []
+        values = [*plain, f"train_dataloader.batch_size={size}"]
+        options = [word for value in values for word in ("--cfg-options", value)]
+        done = subprocess.run(
+            [sys.executable, *command, *words, *options],
+            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = load_file(tmp_path / name / "dense" / "model.safetensors")
+    log = next((tmp_path / "two" / "states").glob("train-*/*/*.log")).read_text()
     assert "GPU number: 2" in log and "MMDistributedDataParallel" in log
-    detector, _ = load_detector(tmp_path / "run" / "dense")
-    assert all(p.isfinite().all() for p in detector.parameters())
+    start = build_detector(read_config(config))
+    for name, tensor in found["one"].items():
+        assert_close(found["two"][name], tensor, atol=1e-5, rtol=1e-5)
+    assert any((tensor - start.state_dict()[name]).abs().max() > 1e-3 for name, tensor in found["one"].items())
