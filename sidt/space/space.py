@@ -282,7 +282,9 @@ def _dimensions(
             for name in (s for s in term if isinstance(s, str)):
                 parent = dimensions[name].per
                 before = term[: term.index(name)]
-                if parent is not None and parent not in before and not dimensions[name].fixed:
+                if parent is None or parent in before:
+                    continue
+                if parent in term or not dimensions[name].fixed:  # each parent has its units in one block
                     raise InputError(
                         f"{binder.family.file.name}: {parameter} has {name} without {parent} before it; "
                         f"since each head chooses its own units, write the product, or "

@@ -204,6 +204,8 @@ def test_units_chosen_per_head_need_their_head(refused, described):
     model.fc1.heads = 2
     with refused("fc1.bias", "unit", "heads", "unit!"):
         described(per.replace("bias: heads unit", "bias: unit heads"), model=model)
+    with refused("fc1.bias", "unit", "heads"):  # whole, it would be permuted without a word
+        described(per.replace("bias: heads unit", "bias: unit! heads!"), model=model)
     with refused("mine.yaml", "heads needs one axis of kind qk", "it has v"):
         described(per, model=model)
 
