@@ -234,7 +234,7 @@ def _follow(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.get_parameter("weight").shape)  # type: ignore[assignment]
 
 
-def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) -> None:
+def _set_attribute(model: nn.Module, path: str, value: Any) -> None:
     owner, _, leaf = path.rpartition(".")
     target = get_attribute(model, owner) if owner else model
     if isinstance(target, dict):
