@@ -18,7 +18,6 @@ from tabulate import tabulate
 from torch import nn
 
 import sidt
-import sidt.detection.models  # registers the backbones, and lets MMEngine load safetensors
 from sidt.detection.data import write_digits
 from sidt.detection.detectors import build_detector, detector_space, load_detector, load_weights, parts, save_detector
 from sidt.detection.training import detector_loss, read_batches, train
@@ -130,9 +129,8 @@ def main(folder: Path, images: int, epochs: int) -> None:
 
     space = detector_space(segmentor, config.model, (3, SIZE, SIZE))
     batches = read_batches(config, min(SCORE_IMAGES, images), batch_size=8)
-    aligned, moments = sidt.align(
-        segmentor, sidt.measure_moments(segmentor, batches, forward=detector_loss, space=space)
-    )
+    moments = sidt.measure_moments(segmentor, batches, forward=detector_loss, space=space)
+    aligned, moments = sidt.align(segmentor, moments)
     scores = sidt.importance.taylor(aligned, batches, detector_loss, space=moments.space)
     chance = sidt.importance.random(segmentor, space=space)
 
