@@ -7,6 +7,7 @@ from backbones import random_plan, shake
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
+from torch import nn
 from torch.testing import assert_close
 
 from sidt import importance as criteria
@@ -14,6 +15,7 @@ from sidt.allocation.greedy import allocate
 from sidt.allocation.study import search
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
+from sidt.detection.detectors.backbones import map_dimensions
 from sidt.detection.detectors.checkpoints import load_detector, save_detector
 from sidt.detection.detectors.configs import build_detector, maps_of, read_config, readers
 from sidt.detection.detectors.space import detector_space, parts, whole
@@ -59,6 +61,13 @@ SLICED = CONFIGS | {
 PARTLY = segmentor_config(SWIN, dict(type="UPerHead", pool_scales=(1, 2), **ALL))
 
 
+@pytest.fixture(autouse=True)
+def scope():
+    """Other tests find MMDetection's names again."""
+    yield
+    init_default_scope("mmdet")
+
+
 def test_who_reads_the_maps_without_mmsegmentation():
     model = CONFIGS["several beside"].model
     assert [path for _, path in readers(model)] == ["decode_head", "auxiliary_head.0", "auxiliary_head.1"]
@@ -79,13 +88,20 @@ def made(config):
     return segmentor, detector_space(segmentor, config.model, SIZE)
 
 
+def images():
+    return torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def heads_of(segmentor):
+    auxiliary = getattr(segmentor, "auxiliary_head", [])
+    return [segmentor.decode_head, *(auxiliary if isinstance(auxiliary, nn.ModuleList | list) else [auxiliary])]
+
+
 @torch.no_grad()
 def outputs(segmentor):
     """What every head says of two images."""
-    maps = segmentor.extract_feat(torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1)))
-    auxiliary = getattr(segmentor, "auxiliary_head", None) or []
-    heads = [segmentor.decode_head, *(auxiliary if isinstance(auxiliary, torch.nn.ModuleList | list) else [auxiliary])]
-    return [head(maps) for head in heads]
+    maps = segmentor.extract_feat(images())
+    return [head(maps) for head in heads_of(segmentor)]
 
 
 def batches():
@@ -115,6 +131,12 @@ def test_a_slice_is_what_the_space_says_and_comes_back_from_disk(name, tmp_path)
     params = costs.of(np.array([plan.sizes[n] for n in costs.names])).tolist()[0]
     assert params == sum(p.numel() for p in small.parameters())
     assert {row.name for row in parts(space).values() if row.macs} >= {"backbone", "decode_head"}
+    maps = []  # what the dense heads make of the small backbone's maps, with zeros where channels went
+    with torch.no_grad():
+        for width, seen in zip(map_dimensions(segmentor.backbone, space), small.backbone(images()), strict=True):
+            maps.append(seen.new_zeros(len(seen), space.sizes[width], *seen.shape[2:]))
+            maps[-1][:, plan.keep[width]] = seen
+        assert_close(outputs(small), [head(maps) for head in heads_of(segmentor)], rtol=1e-5, atol=1e-5)
     save_detector(small, config, tmp_path / "small", ("a", "b", "c", "d"))
     again, own = load_detector(tmp_path / "small")
     assert_close(outputs(again), outputs(small))
