@@ -37,7 +37,7 @@ ONE = dict(type="FCNHead", num_convs=1, concat_input=False, **COMMON)
 
 
 def segmentor_config(backbone, decode, auxiliary=None):
-    size = dict(size=SIZE[1:], mean=[0.0] * 3, std=[1.0] * 3)
+    size = dict(size=SIZE[1:], mean=[128.0] * 3, std=[64.0] * 3)
     model = dict(type="EncoderDecoder", data_preprocessor=dict(type="SegDataPreProcessor", **size))
     model |= dict(backbone=backbone, decode_head=decode, auxiliary_head=auxiliary, test_cfg=dict(mode="whole"))
     return Config(dict(default_scope="mmseg", model=model))
@@ -98,9 +98,9 @@ def heads_of(segmentor):
 
 
 @torch.no_grad()
-def outputs(segmentor):
-    """What every head says of two images."""
-    maps = segmentor.extract_feat(images())
+def outputs(segmentor, given=None):
+    """What every head says of some images."""
+    maps = segmentor.extract_feat(images() if given is None else given)
     return [head(maps) for head in heads_of(segmentor)]
 
 
@@ -160,10 +160,13 @@ def test_alignment_and_repair_stand_on_its_own_loss(name):
     left, dense = (sum(p.numel() for p in model.backbone.parameters()) for model in (small, segmentor))
     assert 0.47 < left / dense <= 0.5
 
-    def error(model):
-        return sum(float((a - b).square().mean()) for a, b in zip(outputs(model), outputs(segmentor), strict=True))
+    seen = torch.cat([segmentor.data_preprocessor(batch)["inputs"] for batch in own])
 
-    assert error(small) < error(slice_model(aligned, plan))
+    def error(model):
+        pairs = zip(outputs(model, seen), outputs(segmentor, seen), strict=True)
+        return sum(float((a - b).square().mean()) for a, b in pairs)
+
+    assert error(small) < 0.7 * error(slice_model(aligned, plan))
 
 
 def test_a_search_maximises_mean_iou():
