@@ -81,7 +81,7 @@ def readers(model: Mapping[str, Any]) -> list[tuple[Any, str]]:
     neck, path = first_neck(model)
     if neck is not None:
         return [(neck, path)]
-    found = []
+    found: list[tuple[Any, str]] = []
     for name in ("decode_head", "auxiliary_head"):
         head = model.get(name)
         several = isinstance(head, list | tuple)

@@ -51,7 +51,7 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     reading = readers(config)
     if any(channels_of(reader) is None for reader, _ in reading):
         reading = []
-    fixed = set() if reading else set(maps)
+    fixed: set[str] = set() if reading else set(maps)
     for reader, path in reading:
         read, unknown = _reader_places(detector, reader, path, maps, inner.sizes)
         places |= read
