@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT  # whose names every package's configs find, MMSegmentation's too
 from timm.layers.helpers import to_2tuple
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from sidt.surgery.slicing import slice_model
 _KNOWN = "use a ViT, Swin, Swin V2 or PVT v2"
 
 
-@MODELS.register_module()
+@ROOT.register_module()
 class TimmBackbone(BaseModule):
     """A timm model without its classifier, as the backbone of a detector.
 
@@ -238,7 +239,7 @@ def _keep_channels(norm: nn.LayerNorm, kept: Tensor) -> None:
     norm.normalized_shape = (len(kept),)
 
 
-@MODELS.register_module(name="SlicedBackbone")
+@ROOT.register_module(name="SlicedBackbone")
 def sliced_backbone(dense: Mapping[str, Any], plan: str, space: str | None = None) -> nn.Module:
     """The architecture that a plan leaves of a backbone, for a detector's config: its checkpoint brings the weights.
 

@@ -22,7 +22,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from sidt.detection.detectors.backbones import map_dimensions, searchable
-from sidt.detection.detectors.configs import build_detector, channels_of, first_neck, read_config, without_weights
+from sidt.detection.detectors.configs import build_detector, channels_of, maps_of, read_config, readers, without_weights
 from sidt.errors import InputError
 from sidt.export.checkpoint import PACKED, SPACE, files_of
 from sidt.export.weights import fit_weights, read_weights
@@ -137,10 +137,10 @@ def _slice_config(config: Config, plan: DimensionPlan, maps: Sequence[str]) -> N
     dense = config.model.backbone
     dense = (dense.dense if dense.type == "SlicedBackbone" else dense).to_dict()
     config.model["backbone"] = {"type": "SlicedBackbone", "dense": dense, "plan": f"{_HERE}/{PLAN}"}
-    neck = first_neck(config.model)[0]
-    if channels_of(neck) is not None:
-        channels = [plan.sizes[name] for name in maps]
-        neck.in_channels = channels if isinstance(neck.in_channels, list | tuple) else channels[-1]
+    for reader, _ in readers(config.model):
+        if (given := channels_of(reader)) is not None:
+            channels = [plan.sizes[name] for name in maps_of(reader, maps)]
+            reader.in_channels = channels if isinstance(given, list | tuple) else channels[0]
 
 
 def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,39 @@ def first_neck(model: Mapping[str, Any]) -> tuple[Any, str]:
     return (neck[0], "neck.0") if isinstance(neck, list | tuple) else (neck, "neck")
 
 
-def channels_of(neck: Mapping[str, Any] | None) -> Any:
-    """The channels of the maps that a neck is built for, which follow a plan; ``None`` if none of its arguments do.
+def readers(model: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """The configs of the modules that read a backbone's maps, and where they are in the model.
+
+    That is the first neck. Of a segmentor without a neck, it is its decode heads and auxiliary heads.
+    """
+    neck, path = first_neck(model)
+    if neck is not None:
+        return [(neck, path)]
+    found: list[tuple[Any, str]] = []
+    for name in ("decode_head", "auxiliary_head"):
+        head = model.get(name)
+        several = isinstance(head, list | tuple)
+        found += [(h, f"{name}.{i}") for i, h in enumerate(head)] if several else [(head, name)] if head else []
+    return found
+
+
+def channels_of(reader: Mapping[str, Any]) -> Any:
+    """The channels of the maps that a neck or head is built for, which follow a plan; ``None`` if no argument does.
 
     ViTDet's own pyramid makes all its channels of ``backbone_channel``, and cannot be built of fewer with the rest as
     it is.
     """
-    return None if neck is None or "backbone_channel" in neck else neck.get("in_channels")
+    return None if "backbone_channel" in reader else reader.get("in_channels")
+
+
+def maps_of(reader: Mapping[str, Any], maps: Sequence[str]) -> list[str]:
+    """Of the maps of a backbone, those that the channels of a neck or head are of, in their order.
+
+    A list of channels is of all maps and a single one of the last, but where ``in_index`` picks others.
+    """
+    several = isinstance(channels_of(reader), list | tuple)
+    index = reader.get("in_index", range(len(maps)) if several else -1)
+    return [maps[i] for i in (index if several else [index])]
 
 
 def without_weights(backbone: Mapping[str, Any]) -> dict[str, Any]:

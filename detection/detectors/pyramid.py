@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from sidt.errors import InputError
 SCALES = (4, 2, 1, 0.5)
 
 
-@MODELS.register_module()
+@ROOT.register_module()
 class SimpleFeaturePyramid(BaseModule):
     """The simple feature pyramid of ViTDet (Li et al. 2022, Exploring plain vision transformer backbones).
 

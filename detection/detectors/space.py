@@ -2,7 +2,8 @@
 
 A detector's space is its backbone's space with every name prefixed, the places where output maps enter the neck, and
 all other parameters as places without a dimension. So scores, costs, plans and slices of a whole detector are the
-same functions as those of a backbone.
+same functions as those of a backbone. In MMSegmentation's segmentors, which often have no neck, the decode head and
+the auxiliary heads read the maps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
 from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
-from sidt.detection.detectors.configs import channels_of, first_neck
+from sidt.detection.detectors.configs import channels_of, maps_of, readers
 from sidt.detection.detectors.streams import detector_streams, readers_of_maps
 from sidt.errors import InputError
 from sidt.space.axes import Axis
@@ -47,9 +48,15 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     attributes = {f"{prefix}{path}": axis for path, axis in inner.attributes.items()}
     if isinstance(detector.backbone, TimmBackbone):
         places |= _norm_places(detector.backbone, maps)
-    neck, fixed = _neck_places(detector, config, maps, inner.sizes)
-    places |= neck
-    attributes |= _neck_attributes(detector, first_neck(config)[1], maps) if neck else {}
+    reading = readers(config)
+    if any(channels_of(reader) is None for reader, _ in reading):
+        reading = []
+    fixed: set[str] = set() if reading else set(maps)
+    for reader, path in reading:
+        read, unknown = _reader_places(detector, reader, path, maps, inner.sizes)
+        places |= read
+        fixed |= unknown
+        attributes |= _reader_attributes(detector, path, maps_of(reader, maps))
     shapes: dict[str, Tensor] = dict(detector.named_parameters())
     constant = {
         name: Place(tuple(((size,),) for size in tensor.shape), ".".join(name.split(".")[:2]), False)
@@ -60,8 +67,8 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     places = dict(sorted((places | constant).items(), key=lambda item: order[item[0]]))
     cost, axes_of = trace_detector(detector, input_size)[0], {name: place.axes for name, place in places.items()}
     outside: dict[str, tuple[str, ...] | str] = dict.fromkeys(inner.streams, ())
-    outside |= dict.fromkeys(fixed, "it is not known how the neck reads its map")
-    outside |= readers_of_maps(detector, first_neck(config)[1], maps, input_size) if neck else {}
+    outside |= readers_of_maps(detector, [path for _, path in reading], maps, input_size)
+    outside |= dict.fromkeys(fixed, "it is not known how its map is read")
     rotated = getattr(detector, "sidt_rotated", ())
     return replace(
         inner,
@@ -90,54 +97,55 @@ def _norm_places(backbone: TimmBackbone, maps: Sequence[str]) -> dict[str, Place
     }
 
 
-# --- the neck ------------------------------------------------------------------------------------------------------
+# --- what reads the maps -------------------------------------------------------------------------------------------
 
 
-def _neck_places(
-    detector: nn.Module, config: Any, maps: Sequence[str], sizes: Mapping[str, int]
+def _reader_places(
+    detector: nn.Module, reader: Mapping[str, Any], path: str, maps: Sequence[str], sizes: Mapping[str, int]
 ) -> tuple[dict[str, Place], set[str]]:
-    """Where each output map enters the neck; or, if that cannot be told, the widths that must stay whole.
+    """Where the maps enter a neck or head; and the widths of which that cannot be told, which must stay whole.
 
-    The neck is built again with one channel more in one map: tensors that grow by one along one axis read that map.
+    It is built again with one channel more in one map: tensors that grow by one along one axis read that map.
     """
-    neck, path = first_neck(config)
-    channels = [sizes[name] for name in maps]
-    given = channels_of(neck)
-    if neck is None or given is None:
-        return {}, set(maps)
+    given, own_maps = channels_of(reader), maps_of(reader, maps)
     several = isinstance(given, list | tuple)
-    if list(given if several else [given]) != (channels if several else channels[-1:]):
+    channels = [sizes[name] for name in own_maps]
+    if list(given if several else [given]) != channels:
+        kind = path.partition(".")[0].replace("_", " ")
         raise InputError(
-            f"the neck {neck.type} has in_channels={given}, but the backbone's maps have {channels} channels; "
-            f"set neck.in_channels={channels}"
+            f"the {kind} {reader['type']} has in_channels={given}, but the backbone's maps have {channels} channels; "
+            f"set {path}.in_channels={channels if several else channels[0]}"
         )
     own = {name: tuple(p.shape) for name, p in detector.get_submodule(path).named_parameters()}
     places: dict[str, Place] = {}
-    for i, name in enumerate(maps if several else maps[-1:]):
+    fixed: set[str] = set()
+    for i, name in enumerate(own_maps):
         larger = [c + (j == i) for j, c in enumerate(given)] if several else given + 1
         try:
             with torch.device("meta"):
-                probe: nn.Module = MODELS.build({**neck, "in_channels": larger})
+                probe: nn.Module = MODELS.build({**reader, "in_channels": larger})
         except Exception:  # say, channels in groups: the width of its maps cannot change by one
-            return {}, set(maps)
+            fixed.add(name)
+            continue
         for parameter, tensor in probe.named_parameters():
             before, after = own.get(parameter, ()), tuple(tensor.shape)
             if before == after:
                 continue
             grown = [d for d, (b, a) in enumerate(zip(before, after, strict=False)) if a != b]
             if len(before) != len(after) or len(grown) != 1 or before[grown[0]] != sizes[name]:
-                return {}, set(maps)
+                fixed.add(name)
+                continue
             axes: list[Axis] = [((size,),) for size in before]
             axes[grown[0]] = ((name,),)
             places[f"{path}.{parameter}"] = Place(tuple(axes), f"{path}.{parameter.split('.')[0]}", False)
-    return places, set()
+    return places, fixed
 
 
-def _neck_attributes(detector: nn.Module, path: str, maps: Sequence[str]) -> dict[str, Axis]:
+def _reader_attributes(detector: nn.Module, path: str, own_maps: Sequence[str]) -> dict[str, Axis]:
     own = getattr(detector.get_submodule(path), "in_channels", None)
     if isinstance(own, list):
-        return {f"{path}.in_channels.{i}": ((name,),) for i, name in enumerate(maps)}
-    return {f"{path}.in_channels": ((maps[-1],),)} if isinstance(own, int) else {}
+        return {f"{path}.in_channels.{i}": ((name,),) for i, name in enumerate(own_maps)}
+    return {f"{path}.in_channels": ((own_maps[0],),)} if isinstance(own, int) and len(own_maps) == 1 else {}
 
 
 # --- costs ---------------------------------------------------------------------------------------------------------
@@ -153,9 +161,8 @@ def trace_detector(detector: nn.Module, input_size: InputSize) -> tuple[Trace, t
 
     def forward(model: Any, image: Tensor) -> None:
         maps = model.extract_feat(image)
-        for name in ("rpn_head", "bbox_head", "mask_head"):
-            head = getattr(model, name, None)
-            if isinstance(head, nn.Module):
+        for name in ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head"):
+            for head in _list(getattr(model, name, None)):
                 _try(missed, name, head, maps)
         roi_head = getattr(model, "roi_head", None)
         if roi_head is not None:

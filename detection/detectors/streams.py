@@ -1,5 +1,7 @@
 """Widths of a detector's backbone that can be rotated: those whose maps the layers of the neck read as they are.
 
+In a segmentor without a neck, these layers are of its heads.
+
 The way back is then in these layers, as it is in those behind any other norm. What the neck makes of a map is seen, in
 one forward without data, and not told by its class.
 """
@@ -50,13 +52,13 @@ def detector_streams(
 
 
 def readers_of_maps(
-    detector: nn.Module, neck: str, maps: Sequence[str], input_size: InputSize
+    detector: nn.Module, paths: Sequence[str], maps: Sequence[str], input_size: InputSize
 ) -> dict[str, tuple[str, ...] | str]:
-    """For each width that a map has, the weights of the neck that read it as it is, or what else the neck makes of it.
+    """For each width that a map has, the weights that read it as it is, or what else is made of it.
 
     Args:
         detector: the detector.
-        neck: where in it the neck is.
+        paths: where in it the neck is, or the heads that read its maps.
         maps: for each map of the backbone, the width that its channels are.
         input_size: channels, height, width of an image that it takes.
     """
@@ -66,13 +68,17 @@ def readers_of_maps(
         given = meta.backbone(image)
         uses = _Uses((given,) if isinstance(given, Tensor) else tuple(given), meta)
         with uses:
-            meta.get_submodule(neck)(given)
+            for path in paths:
+                try:
+                    meta.get_submodule(path)(given)
+                except TypeError:  # such as the later heads of a cascade
+                    return dict.fromkeys(maps, f"{path} reads more than maps")
     found: dict[str, tuple[str, ...] | str] = {}
     for width in dict.fromkeys(maps):
         own = [i for i, name in enumerate(maps) if name == width]
         others = sorted({other for i in own for other in uses.others[i]})
         readers = tuple(dict.fromkeys(reader for i in own for reader in uses.readers[i]))
-        found[width] = f"the neck does not only apply layers to its map, but {', '.join(others)}" if others else readers
+        found[width] = f"not only layers are applied to its map, but {', '.join(others)}" if others else readers
     return found
 
 

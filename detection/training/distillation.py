@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 

@@ -13,6 +13,7 @@ EXAMPLES = {
     "own_space": "--epochs 1",
     "own_loss": "--epochs 1 --trials 3",
     "detector": "--folder detector --images 40 --epochs 1 --trials 2",
+    "segmentation": "--folder segmentation --images 40 --epochs 1",
     "pareto_curve": "--picture curve.png --epochs 1 --trials 3",
 }
 
@@ -23,11 +24,15 @@ def test_every_example_is_here():
     assert all(f"[{name}.py]({name}.py)" in table for name in EXAMPLES)
 
 
+NEEDS = {"detector": "mmdet", "segmentation": "mmseg"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, tmp_path):
-    if name == "detector" and find_spec("mmdet") is None:
-        pytest.skip("the example needs mmdet, which is not installed")
+    need = NEEDS.get(name)
+    if need is not None and find_spec(need) is None:
+        pytest.skip(f"the example needs {need}, which is not installed")
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / f"{name}.py"), *EXAMPLES[name].split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
