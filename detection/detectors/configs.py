@@ -83,7 +83,7 @@ def readers(model: Mapping[str, Any]) -> list[tuple[Any, str]]:
         return [(neck, path)]
     found: list[tuple[Any, str]] = []
     for name in ("decode_head", "auxiliary_head"):
-        head = model.get(name)
+        head: Any = model.get(name)
         several = isinstance(head, list | tuple)
         found += [(h, f"{name}.{i}") for i, h in enumerate(head)] if several else [(head, name)] if head else []
     return found
