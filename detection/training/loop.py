@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from sidt.detection.data.images import naming_images
 from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
@@ -50,10 +50,9 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         for old in states.glob(f"{label}-*"):
             if old != own:
                 shutil.rmtree(old)
-    found = find_latest_checkpoint(str(own)) if own.is_dir() else None
-    start = found or weights
-    if start is not None:
-        read_checkpoint(start)  # MMEngine would unpickle a file that holds code
+    found = _last_whole(own)
+    if weights is not None and found is None:
+        read_checkpoint(weights)  # MMEngine would unpickle a file that holds code
     config.resume = found is not None
     config.load_from = None if found is not None or weights is None else str(weights)
     hooks = config.setdefault("default_hooks", {})
@@ -63,15 +62,38 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         **(hooks.get("checkpoint") or {}),
         "save_last": True,
     }
+    if hooks["checkpoint"].get("max_keep_ckpts", -1) == 1:  # MMEngine removes the last before it writes the next
+        hooks["checkpoint"]["max_keep_ckpts"] = 2
     with told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
         runner = Runner.from_cfg(config)
         runner.register_hook(Progress(label))
         runner.train()
     barrier()
-    found = find_latest_checkpoint(str(own))
+    found = _last_whole(own)
     if found is None:
         raise InputError(f"the training left no checkpoint in {own}; check train_cfg and the CheckpointHook")
-    return Path(found)
+    return found
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The last checkpoint in a work folder, past those that MMEngine was writing as it was killed.
+
+    Raises:
+        InputError: there are some, and none can be read.
+    """
+    note = folder / "last_checkpoint"
+    named = [Path(text)] if note.is_file() and (text := note.read_text().strip()) else []
+    written = sorted(folder.glob("*_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    first = None
+    for path in (*named, *(p for p in written if p not in named and not p.name.startswith("best_"))):
+        try:
+            read_checkpoint(path)  # MMEngine would unpickle a file that holds code
+            return path
+        except InputError as error:
+            first = first or error
+    if first is not None and len(written) > 1:
+        raise first
+    return None
 
 
 def prepared(config: Config, work_dir: Path, launcher: Launcher) -> Config:

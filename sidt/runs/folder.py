@@ -51,6 +51,13 @@ class Run:
         return str(resolve_device(self.config.device))
 
 
+def folder_for(source: Path, out: Path | None) -> Path | None:
+    """The run folder that a config or a run folder stands for; ``None`` where :func:`open_run` refuses it."""
+    if source.is_dir():
+        return source if (source / "config.yaml").is_file() else None
+    return out or Path("runs") / source.stem if source.is_file() else None
+
+
 def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = (), once: tuple[str, ...] = ()) -> Run:
     """Open a run folder, or start one from a config.
 
@@ -68,10 +75,8 @@ def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] =
             raise InputError(
                 f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
             )
-        folder, path = source, source / "config.yaml"
-    elif source.is_file():
-        folder, path = out or Path("runs") / source.stem, source
-    else:
+    folder, path = folder_for(source, out), source / "config.yaml" if source.is_dir() else source
+    if folder is None:
         raise InputError(f"{source} is neither a config file nor a run folder")
     once_too = read_config(path, (*overrides, *once))
     if source.is_file():
