@@ -160,7 +160,8 @@ def doubled_key(text: str, random: Random, style: str) -> tuple[str, str] | None
         return None
     at = keys[int(random.integers(len(keys)))]
     key = lines[at].split(": ")[0]
-    return "\n".join([*lines[:at], f"{key}: 7{',' if style == 'json' else ''}", *lines[at:]]), f"{key.strip()} {DOUBLED}"
+    doubled = f"{key}: 7,"[: None if style == "json" else -1]
+    return "\n".join([*lines[:at], doubled, *lines[at:]]), f"{key.strip()} {DOUBLED}"
 
 
 def changed_tensors(data: bytes, random: Random) -> tuple[bytes, str]:

@@ -17,9 +17,11 @@ import click
 import numpy as np
 import yaml
 from damage import DOUBLED, changed_bytes, changed_tensors, changed_tree, doubled_key, written
-from readers import Reader, WrongError, readers
+from readers import Reader, readers
+from small_runs import Runs
 
 from sidt.errors import InputError
+from sidt.report.tables import table
 
 _LONGEST = 60  # seconds, after which it hangs
 _MEMORY = 6 * 2**30  # bytes more than there were
@@ -79,15 +81,11 @@ def _hangs(number: int, frame: FrameType | None) -> None:
     raise _HangError
 
 
-def run_mutations(
-    run: Path, detection: Path, digits: Path, count: int, seed: int, only: str | None = None
-) -> list[dict[str, Any]]:
+def run_mutations(runs: Runs, count: int, seed: int, only: str | None = None) -> list[dict[str, Any]]:
     """Read changed files of all kinds; a row for each kind.
 
     Args:
-        run: a run folder of a classifier, all of whose steps are done.
-        detection: one of a detector.
-        digits: the images of the detector.
+        runs: whose files are changed.
         count: changed files in all.
         seed: of the changes.
         only: a kind, or ``kind/number``, to see one again.
@@ -96,7 +94,7 @@ def run_mutations(
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, resource.RLIM_INFINITY))
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        kinds = readers(run, detection, digits, Path(name) / "files")
+        kinds = readers(runs.classifier, runs.detector, runs.digits, Path(name) / "files")
         for kind, reader in enumerate(kinds):
             wanted, _, number = (only or reader.name).partition("/")
             if wanted != reader.name:
@@ -125,7 +123,34 @@ def _of_kind(reader: Reader, seed: int, kind: int, numbers: Any) -> dict[str, An
     seconds = time.perf_counter() - begin
     click.echo(f"{reader.name}: {dict(outcomes)} in {seconds:.0f} s", err=True)
     return {
-        "kind": reader.name, "by": reader.by, "right": reader.right, "files": sum(outcomes.values()),
-        "taken": outcomes["taken"], "refused": outcomes["refused"], "longest": longest, "findings": findings,
+        "kind": reader.name,
+        "by": reader.by,
+        "right": reader.right,
+        "files": sum(outcomes.values()),
+        "taken": outcomes["taken"],
+        "refused": outcomes["refused"],
+        "longest": longest,
+        "findings": findings,
         "seconds": seconds,
     }
+
+
+def mutations_text(rows: list[dict[str, Any]]) -> str:
+    """What changed files came to, as a section."""
+    lines = [[r["kind"], r["files"], r["refused"], r["taken"], len(r["findings"]), r["by"], r["right"]] for r in rows]
+    heads = ["file", "changed", "refused", "taken, and right", "findings", "read by", "what was taken is right if"]
+    found = [f for row in rows for f in row["findings"]]
+    total = f"{sum(r['files'] for r in rows):,} files, each changed in one place: another type, a key gone, renamed or"
+    return "\n".join(
+        [
+            "## Changed files",
+            "",
+            f"{total} twice, null, NaN, infinite,",
+            "negative, huge, off by one, of another length, nested up to 20,000 deep, truncated, random bytes, another",
+            "encoding. Refused is one line that names the file or the key (InputError, exit code 2). A finding is any",
+            f"other exception, more than {_LONGEST} s, or a file that was taken for what it is not.",
+            "",
+            table(heads, lines, "md"),
+            *(["", *(f"- {f['file']}: {f['change']}: {f['ended']}: {f['words']}" for f in found)] if found else []),
+        ]
+    )

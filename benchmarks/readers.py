@@ -28,7 +28,7 @@ from sidt.export.checkpoint import load, save
 from sidt.partition.devices import DevicesFile
 from sidt.runs.checking import check_counted, half_of
 from sidt.runs.compressing import opened
-from sidt.runs.config import RunConfig, dump_config, read_config
+from sidt.runs.config import dump_config, read_config
 from sidt.runs.folder import open_run
 from sidt.space.families import INNER_KINDS
 from sidt.space.plan import load_plan
@@ -118,64 +118,94 @@ def readers(run: Path, detection: Path, digits: Path, scratch: Path) -> list[Rea
     annotations = digits / "annotations" / "val.json"
     return [
         Reader(
-            "plan", goods / "plan.json", scratch / "plan.json",
+            "plan",
+            goods / "plan.json",
+            scratch / "plan.json",
             lambda path: command("complexity", str(run / "dense"), "--plan", str(path), "--format", "json"),
             lambda path, out: _plan(path, out, load(run / "dense")),
-            "`sidt complexity MODEL --plan`", "the slice has as many parameters as the space counts; all else is as it was",
+            "`sidt complexity MODEL --plan`",
+            "the slice has as many parameters as the space counts; all else is as it was",
         ),
         Reader(
-            "run config", run / "config.yaml", scratch / "config.yaml",
+            "run config",
+            run / "config.yaml",
+            scratch / "config.yaml",
             lambda path: command("complexity", str(path), "--format", "json"),
             lambda path, out: _config(path),
-            "`sidt complexity CONFIG`", "every value of the file is the value that counts, and it survives writing",
+            "`sidt complexity CONFIG`",
+            "every value of the file is the value that counts, and it survives writing",
         ),
         Reader(
-            "search space", goods / "space.yaml", scratch / "space.yaml",
+            "search space",
+            goods / "space.yaml",
+            scratch / "space.yaml",
             lambda path: command("spaces", "readers:tiny", "--file", str(path)),
             lambda path, out: _space(path),
-            "`sidt spaces MODEL --file`", "the command's own (sliced is masked), and another slice costs what is counted",
+            "`sidt spaces MODEL --file`",
+            "the command's own (sliced is masked), and another slice costs what is counted",
         ),
         *(
             Reader(
-                f"checkpoint: {name}", goods / folder.name / name, folder / name,
+                f"checkpoint: {name}",
+                goods / folder.name / name,
+                folder / name,
                 lambda path: load(path.parent),
                 lambda path, model, good=goods / folder.name: _checkpoint(path, model, load(good)),
-                "`sidt.load`", "weights are those of the file, and of the good file's weights the same outputs",
+                "`sidt.load`",
+                "weights are those of the file, and of the good file's weights the same outputs",
             )
             for folder, name in (
-                (whole, "config.json"), (whole, "plan.json"), (whole, "model.safetensors"), (packed, "packed.safetensors")
+                (whole, "config.json"),
+                (whole, "plan.json"),
+                (whole, "model.safetensors"),
+                (packed, "packed.safetensors"),
             )
         ),
         Reader(
-            "COCO annotations", annotations, scratch / "annotations.json",
+            "COCO annotations",
+            annotations,
+            scratch / "annotations.json",
             lambda path: check_annotations(path, digits / "val", tuple("0123456789")),
             lambda path, found: _annotations(path, found, digits),
-            "`check_annotations`, as `sidt detect` calls it", "MMDetection reads as many images and boxes",
+            "`check_annotations`, as `sidt detect` calls it",
+            "MMDetection reads as many images and boxes",
         ),
         Reader(
-            "detection plan", goods / "detection-plan.json", scratch / "detection-plan.json",
+            "detection plan",
+            goods / "detection-plan.json",
+            scratch / "detection-plan.json",
             lambda path: command("complexity", str(detection), "--plan", str(path), "--format", "json"),
             lambda path, out: _same_units(path, goods / "detection-plan.json"),
-            "`sidt complexity RUN --plan`", "it keeps units that are there, and is for this backbone",
+            "`sidt complexity RUN --plan`",
+            "it keeps units that are there, and is for this backbone",
         ),
         Reader(
-            "plan of a detector", goods / "detector" / "plan.json", sliced / "plan.json",
+            "plan of a detector",
+            goods / "detector" / "plan.json",
+            sliced / "plan.json",
             lambda path: load_detector(path.parent),
             lambda path, found: _same_units(path, goods / "detector" / "plan.json"),
-            "`load_detector`", "it keeps units that are there, as many as the weights have",
+            "`load_detector`",
+            "it keeps units that are there, as many as the weights have",
         ),
         Reader(
-            "devices", CONFIGS / "sparsity" / "devices.yaml", scratch / "devices.yaml",
+            "devices",
+            CONFIGS / "sparsity" / "devices.yaml",
+            scratch / "devices.yaml",
             lambda path: command("partition", str(goods / "whole"), "--devices", str(path)),
             lambda path, out: _devices(path),
-            "`sidt partition`", "the command's own (shards compute what the model computes), and values are the file's",
+            "`sidt partition`",
+            "the command's own (shards compute what the model computes), and values are the file's",
         ),
         *(
             Reader(
-                f"sparsity config: {name}", CONFIGS / "sparsity" / f"{name}.yaml", scratch / f"{name}.yaml",
+                f"sparsity config: {name}",
+                CONFIGS / "sparsity" / f"{name}.yaml",
+                scratch / f"{name}.yaml",
                 lambda path: opened(open_run(run), path, dense=True, say=lambda text: None),
                 _compression,
-                "what `sidt compress` checks first", "every structure packs and unpacks its weights bit for bit",
+                "what `sidt compress` checks first",
+                "every structure packs and unpacks its weights bit for bit",
             )
             for name in ("levels", "tiles", "tprune")
         ),
@@ -282,11 +312,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _annotations(path: Path, found: Any, digits: Path) -> None:
     with redirect_stdout(StringIO()):
         data = CocoDataset(
-            ann_file=str(path), data_prefix={"img": str(digits / "val")}, metainfo={"classes": tuple("0123456789")}, pipeline=[]
+            ann_file=str(path),
+            data_prefix={"img": str(digits / "val")},
+            metainfo={"classes": tuple("0123456789")},
+            pipeline=[],
         )
-    boxes = sum(1 for item in (data.get_data_info(i) for i in range(len(data))) for b in item["instances"] if not b["ignore_flag"])
+    boxes = sum(
+        1
+        for item in (data.get_data_info(i) for i in range(len(data)))
+        for b in item["instances"]
+        if not b["ignore_flag"]
+    )
     if (len(data), boxes) != (found.images, found.boxes):
-        raise WrongError(f"MMDetection reads {len(data)} images and {boxes} boxes, SiDT {found.images} and {found.boxes}")
+        raise WrongError(
+            f"MMDetection reads {len(data)} images and {boxes} boxes, SiDT {found.images} and {found.boxes}"
+        )
 
 
 def _devices(path: Path) -> None:

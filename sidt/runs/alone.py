@@ -43,7 +43,7 @@ def working_in(folder: Path | None, *, together: bool = False) -> Iterator[None]
                 pass
             except Timeout:
                 raise InputError(
-                    f"another sidt command works in {folder}; wait until it has ended, or stop it, or use another folder"
+                    f"another sidt command works in {folder}; wait until it ends, or stop it, or use another folder"
                 ) from None
             except OSError as error:
                 raise InputError(

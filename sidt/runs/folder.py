@@ -70,11 +70,10 @@ def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] =
     Raises:
         InputError: the source is neither, the config is wrong, or the folder cannot be written.
     """
-    if source.is_dir():
-        if not (source / "config.yaml").is_file():
-            raise InputError(
-                f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
-            )
+    if source.is_dir() and not (source / "config.yaml").is_file():
+        raise InputError(
+            f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
+        )
     folder, path = folder_for(source, out), source / "config.yaml" if source.is_dir() else source
     if folder is None:
         raise InputError(f"{source} is neither a config file nor a run folder")
