@@ -13,19 +13,23 @@ from typing import Any
 from kills import Step, _content, _half_written, _prepared, _trials, steps
 from small_runs import Child, Runs, command
 
+from sidt.files import read_json, write_json
 from sidt.report.tables import table
+from sidt.runs.alone import LOCK
 
 _NOBODY = 65534
 _DAY = 86_400
 
 
 def run_adversity(runs: Runs) -> list[dict[str, Any]]:
-    """A row for each situation: what was done, what came, and whether that is right."""
+    """A row for each situation: what was done, what came, and whether that is right; those that are there are taken."""
     rows: list[dict[str, Any]] = []
-    for situation in (_full_disk, _read_only, _clock, _two_at_once):
-        for row in situation(runs):
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
+    for situation in (_two_at_once, _read_only, _clock, _full_disk):
+        kept = runs.folder / f"adversity{situation.__name__}.json"
+        if not kept.is_file():
+            write_json(kept, list(situation(runs)))
+        rows += read_json(kept)
+        print(kept, *read_json(kept), sep="\n", file=sys.stderr, flush=True)
     return rows
 
 
@@ -159,7 +163,7 @@ def _two_at_once(runs: Runs) -> Any:
         arguments = _prepared(known[first], folder)
         other = [str(folder) if text == "RUN" else text for text in known[second].arguments]
         one = Child(arguments, runs.folder / "first.log")
-        while not (folder / ".lock").exists() and not one.over():
+        while not (folder / LOCK).exists() and not one.over():
             time.sleep(0.01)
         two = command(*other, log=log, prepare=_impatient)
         while not one.wait(1):

@@ -155,7 +155,7 @@ def _kill(step: Step, row: dict[str, Any], folder: Path, moment: float) -> None:
 
 def _half_written(path: Path) -> str:
     """What is wrong with a file, which a step may have been writing; empty if nothing is."""
-    if not path.is_file() or path.name.startswith("."):
+    if not path.is_file() or path.name.startswith(".") or path.parent.name == "vis_data":  # MMEngine's logs
         return ""
     try:
         if path.suffix == ".json":

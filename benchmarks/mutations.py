@@ -113,7 +113,7 @@ def _of_kind(reader: Reader, seed: int, kind: int, numbers: Any) -> dict[str, An
     for number in numbers:
         says = mutated(reader, seed, number, kind)
         ended, words = outcome(reader)
-        if ended == "taken" and says.endswith(DOUBLED):
+        if ended == "taken" and says.endswith(DOUBLED) and not reader.last_counts:
             ended, words = "wrong", "nobody knows which of two is meant"
         outcomes[ended] += 1
         longest = max(longest, len(words) if ended == "refused" else 0)

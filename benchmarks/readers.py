@@ -57,6 +57,7 @@ class Reader:
         check: says that what was read is right, or raises ``WrongError``.
         by: what reads it, in words.
         right: how it is told that what was read is right, in words.
+        last_counts: whether of a key that is there twice the last counts, as to all others that read such files.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Reader:
     check: Callable[[Path, Any], None]
     by: str
     right: str
+    last_counts: bool = False
 
 
 def tiny() -> nn.Module:
@@ -169,6 +171,7 @@ def readers(run: Path, detection: Path, digits: Path, scratch: Path) -> list[Rea
             lambda path, found: _annotations(path, found, digits),
             "`check_annotations`, as `sidt detect` calls it",
             "MMDetection reads as many images and boxes",
+            last_counts=True,
         ),
         Reader(
             "detection plan",

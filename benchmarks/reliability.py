@@ -26,7 +26,10 @@ PARTS = ("mutations", "kills", "adversity")
 @click.command()
 @click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--mutations", default=1000, show_default=True, help="Changed files in all.")
-@click.option("--only", help="Of the mutations one kind, or KIND/NUMBER, to see one again; no results are written.")
+@click.option(
+    "--only",
+    help="Of the mutations one KIND, whose row is put in place of its earlier one; or KIND/NUMBER, to look at.",
+)
 @click.option("--kills", default=100, show_default=True, help="Kills in all.")
 @click.option("--minutes", default=60.0, show_default=True, help="After which no more kills begin.")
 @click.option("--seed", default=0, show_default=True)
@@ -48,8 +51,13 @@ def main(
         raise click.UsageError(f"--parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
     runs = made(folder.resolve())
     if only is not None:
-        run_mutations(runs, mutations, seed, only)
-        return
+        rows = run_mutations(runs, mutations, seed, only)
+        if "/" in only:
+            return
+        earlier = read_json(folder / "mutations.json")
+        known = {row["kind"]: row for row in [*earlier["found"], *rows]}
+        write_json(folder / "mutations.json", {**earlier, "found": list(known.values())})
+        wanted = []
     work: dict[str, Callable[[Runs], Any]] = {
         "kills": lambda runs: run_kills(runs, kills, minutes, seed),
         "adversity": run_adversity,

@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing on disk is ever half-written."""
 
+import errno
 import json
 import os
 import tempfile
@@ -40,6 +41,28 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def saying_full(folder: Path) -> Iterator[None]:
+    """While the block runs, where what others write to a folder finds no room, one line says it.
+
+    Raises:
+        InputError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        reason = error.strerror
+    except RuntimeError as error:  # torch's own writer
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "iostream")):
+            raise
+        reason = "a file was cut short"
+    else:
+        return
+    raise InputError(f"cannot write {folder}: {reason}; free some space or choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,10 +119,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice; PyYAML would take the last."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            key = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 

@@ -5,6 +5,7 @@ What MMEngine prints is in ``console.log`` of the training's work folder, beside
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -19,6 +20,7 @@ from sidt.detection.data.images import naming_images
 from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
 from sidt.detection.training.console import Progress, told_to
 from sidt.errors import InputError
+from sidt.files import saying_full
 
 Launcher = str  # MMEngine's: none, pytorch, slurm, mpi
 
@@ -64,7 +66,7 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
     }
     if hooks["checkpoint"].get("max_keep_ckpts", -1) == 1:  # MMEngine removes the last before it writes the next
         hooks["checkpoint"]["max_keep_ckpts"] = 2
-    with told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
+    with saying_full(own), told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
         runner = Runner.from_cfg(config)
         runner.register_hook(Progress(label))
         runner.train()
@@ -83,7 +85,7 @@ def _last_whole(folder: Path) -> Path | None:
     """
     note = folder / "last_checkpoint"
     named = [Path(text)] if note.is_file() and (text := note.read_text().strip()) else []
-    written = sorted(folder.glob("*_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    written = sorted(folder.glob("*_*.pth"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), reverse=True)
     first = None
     for path in (*named, *(p for p in written if p not in named and not p.name.startswith("best_"))):
         try:

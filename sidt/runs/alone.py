@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from sidt.errors import InputError
 
-LOCK, _SEARCHES = ".lock", ".searches"
+LOCK, _SEARCHES = "run.lock", "searches.lock"
 _PATIENCE = 6  # seconds; processes that read images may outlive by five the command that they read for
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # of the processes that a launcher starts for one command
 

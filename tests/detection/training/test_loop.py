@@ -1,9 +1,13 @@
-"""Which checkpoint a training goes on from, after a kill while one was written."""
+"""Which checkpoint a training goes on from, after a kill while one was written; and what is said of a full disk."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from sidt.detection.training.loop import _last_whole
+from sidt.files import saying_full
 
 
 @pytest.fixture
@@ -40,6 +44,18 @@ def test_none_where_the_first_was_not_finished(folder):
 
 def test_damage_that_no_kill_explains_is_said(folder, refused):
     for epoch in (1, 2):
-        (folder / f"epoch_{epoch}.pth").write_bytes(b"damaged")
+        (folder / f"epoch_{epoch}.pth").write_bytes((folder / "epoch_3.pth").read_bytes())
     with refused("epoch_2.pth", "cannot read"):
         _last_whole(folder)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's device that is always full")
+@pytest.mark.parametrize("write", [lambda path: path.write_text("words"), lambda path: torch.save([1], path)])
+def test_a_full_disk_is_said_where_others_write(write, refused):
+    with refused("cannot write", "/runs/here", "free some space"), saying_full(Path("/runs/here")):
+        write(Path("/dev/full"))
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), saying_full(Path("/runs/here")):
+        Path("/nowhere/at/all").read_text()
