@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from kills import Step, _content, _half_written, _prepared, _trials, steps
 from small_runs import Child, Runs, command
 
-from sidt.files import read_json, write_json
 from sidt.report.tables import table
 from sidt.runs.alone import LOCK
 
@@ -21,16 +21,14 @@ _NOBODY = 65534
 _DAY = 86_400
 
 
-def run_adversity(runs: Runs) -> list[dict[str, Any]]:
-    """A row for each situation: what was done, what came, and whether that is right; those that are there are taken."""
+def run_adversity(runs: Runs) -> Iterator[list[dict[str, Any]]]:
+    """A row for each situation: what was done, what came, and whether that is right. Gives all so far, each time."""
     rows: list[dict[str, Any]] = []
-    for situation in (_two_at_once, _read_only, _clock, _full_disk):
-        kept = runs.folder / f"adversity{situation.__name__}.json"
-        if not kept.is_file():
-            write_json(kept, list(situation(runs)))
-        rows += read_json(kept)
-        print(kept, *read_json(kept), sep="\n", file=sys.stderr, flush=True)
-    return rows
+    for situation in (_two_at_once, _read_only, _full_disk, _clock):
+        for row in situation(runs):
+            rows.append(row)
+            click.echo(row, err=True)
+            yield rows
 
 
 def adversity_text(rows: list[dict[str, Any]]) -> str:
@@ -152,11 +150,9 @@ def _two_at_once(runs: Runs) -> Any:
     log = runs.folder / "second.log"
     pairs = (
         ("train", "evaluate"),
-        ("train", "search"),
-        ("finetune", "run, all steps"),
         ("search", "train"),
+        ("finetune", "search"),
         ("detect finetune", "detect search"),
-        ("detect search", "detect finetune"),
     )
     for first, second in pairs:
         folder = runs.folder / "shared"

@@ -59,13 +59,13 @@ def main(
         write_json(folder / "mutations.json", {**earlier, "found": list(known.values())})
         wanted = []
     work: dict[str, Callable[[Runs], Any]] = {
-        "kills": lambda runs: run_kills(runs, kills, minutes, seed),
+        "kills": lambda runs: [run_kills(runs, kills, minutes, seed)],
         "adversity": run_adversity,
-        "mutations": lambda runs: run_mutations(runs, mutations, seed),  # last: it bounds this process's memory
+        "mutations": lambda runs: [run_mutations(runs, mutations, seed)],  # last: it bounds this process's memory
     }
     for part, do in work.items():
-        if part in wanted:
-            write_json(folder / f"{part}.json", {"environment": environment(), "found": do(runs)})
+        for found_so_far in do(runs) if part in wanted else ():
+            write_json(folder / f"{part}.json", {"environment": environment(), "found": found_so_far})
     found = {part: read_json(path) for part in PARTS if (path := folder / f"{part}.json").is_file()}
     says = {"mutations": mutations_text, "kills": kills_text, "adversity": adversity_text}
     text = "\n\n".join(says[part](found[part]["found"]) for part in found)

@@ -58,6 +58,7 @@ class Child:
     def __init__(self, arguments: Sequence[str], log: Path, prepare: Callable[[], object] | None = None) -> None:
         self.began = time.perf_counter()
         self.log = log
+        self.code: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -70,10 +71,10 @@ class Child:
 
     def over(self) -> bool:
         """Whether it has ended; its code is then kept."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid:
-            self.code = os.waitstatus_to_exitcode(status)
-        return bool(pid)
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within some seconds."""
