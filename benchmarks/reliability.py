@@ -46,7 +46,7 @@ def main(
     out: Path,
 ) -> None:
     """Run the parts, and write what they found."""
-    wanted = parts.split(",")
+    wanted = [part for part in parts.split(",") if part]
     if unknown := set(wanted) - set(PARTS):
         raise click.UsageError(f"--parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
     runs = made(folder.resolve())
