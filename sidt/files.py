@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing on disk is ever half-written."""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sidt.errors import InputError
 
@@ -38,6 +41,28 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def saying_full(folder: Path) -> Iterator[None]:
+    """While the block runs, where what others write to a folder finds no room, one line says it.
+
+    Raises:
+        InputError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        reason = error.strerror
+    except RuntimeError as error:  # torch's own writer
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "iostream")):
+            raise
+        reason = "a file was cut short"
+    else:
+        return
+    raise InputError(f"cannot write {folder}: {reason}; free some space or choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,6 +105,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, dump_json(value))
 
 
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which has each name once: of two, nobody knows which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have each key once, as YAML's standard wants it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there twice; PyYAML would take the last."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """The values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, it has a key twice, or is nested too deep.
+    """
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -87,8 +146,10 @@ def read_json(path: Path) -> Any:
         InputError: ``path`` is missing, unreadable or not JSON (truncated, say).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep for any file that SiDT writes; write it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path} is not valid JSON ({error}); it may be truncated: write it again") from None

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sidt.errors import InputError
+from sidt.files import load_yaml
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -24,7 +25,7 @@ def read_yaml(path: Path, kind: type[BaseModel], what: str = "config") -> dict[s
         InputError: it cannot be read, is not YAML, or is no mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

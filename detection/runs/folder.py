@@ -52,6 +52,13 @@ class DetectionRun:
     data_root: Path | None = None
 
 
+def folder_for(source: Path, out: Path | None) -> Path | None:
+    """The run folder that a config or a run folder stands for; ``None`` where :func:`open_run` refuses it."""
+    if source.is_dir():
+        return source if (source / "dense" / CONFIG).is_file() else None
+    return out or Path("runs") / source.stem if source.is_file() else None
+
+
 def open_run(
     source: Path,
     out: Path | None = None,

@@ -31,7 +31,7 @@ from sidt.detection.data.annotations import category_ids, read_annotations
 from sidt.detection.data.images import naming_images
 from sidt.detection.training.console import Progress, told_to
 from sidt.errors import InputError
-from sidt.files import read_json, replacing
+from sidt.files import read_json, replacing, saying_full
 from sidt.report.tables import Format, table
 
 IouType = Literal["bbox", "segm"]
@@ -146,7 +146,7 @@ def test(config: Config, folder: Path, *, per_class: bool = False) -> dict[str, 
     with partial:
         config = deepcopy(config)
         config.test_evaluator = metric | {"format_only": True, "outfile_prefix": f"{partial.name}/results"}
-        with told_to(Path(config.work_dir)):
+        with saying_full(Path(config.work_dir)), told_to(Path(config.work_dir)):
             runner = Runner.from_cfg(config)
             runner.register_hook(Progress("test"))
             dataset = runner.test_dataloader.dataset

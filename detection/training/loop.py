@@ -5,6 +5,7 @@ What MMEngine prints is in ``console.log`` of the training's work folder, beside
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from sidt.detection.data.images import naming_images
 from sidt.detection.detectors.checkpoints import read_checkpoint, weights_digest
 from sidt.detection.training.console import Progress, told_to
 from sidt.errors import InputError
+from sidt.files import saying_full
 
 Launcher = str  # MMEngine's: none, pytorch, slurm, mpi
 
@@ -50,7 +52,7 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
         for old in states.glob(f"{label}-*"):
             if old != own:
                 shutil.rmtree(old)
-    found = _latest(own)  # not one that MMEngine would unpickle although it holds code
+    found = _last_whole(own)  # not one that MMEngine would unpickle although it holds code
     if found is None and weights is not None:
         read_checkpoint(weights)
     config.resume = found is not None
@@ -60,35 +62,35 @@ def train(config: Config, weights: Path | None, states: Path, label: str, *, lau
     if saving.get("max_keep_ckpts") == 1:
         saving["max_keep_ckpts"] = 2  # MMEngine removes an old one before it writes the next
     hooks["checkpoint"] = saving
-    with told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
+    with saying_full(own), told_to(own), naming_images(config, "train_dataloader", "val_dataloader"):
         runner = Runner.from_cfg(config)
         runner.register_hook(Progress(label))
         runner.train()
     barrier()
-    found = _latest(own)
+    found = _last_whole(own)
     if found is None:
         raise InputError(f"the training left no checkpoint in {own}; check train_cfg and the CheckpointHook")
     return found
 
 
-def _latest(folder: Path) -> Path | None:
-    """The last checkpoint that is whole: MMEngine names one in a file, and may be stopped while it writes either.
+def _last_whole(folder: Path) -> Path | None:
+    """The last checkpoint in a work folder, past those that MMEngine was writing as it was killed.
 
     Raises:
-        InputError: there are checkpoints, and none can be read; of the last one, why.
+        InputError: there are some, and none can be read.
     """
-    named = Path(find_latest_checkpoint(str(folder)) or "") if folder.is_dir() else Path()
-    others = sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime, reverse=True)
-    refused: InputError | None = None
-    for file in [*(file for file in others if file.name == named.name), *others]:
+    note = folder / "last_checkpoint"
+    named = [folder / Path(text).name] if note.is_file() and (text := note.read_text().strip()) else []
+    written = sorted(folder.glob("*_*.pth"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), reverse=True)
+    first = None
+    for path in (*named, *(p for p in written if p not in named and not p.name.startswith("best_"))):
         try:
-            read_checkpoint(file)
+            read_checkpoint(path)  # MMEngine would unpickle a file that holds code
+            return path
         except InputError as error:
-            refused = refused or error
-            continue
-        return file
-    if refused is not None:
-        raise refused
+            first = first or error
+    if first is not None and len(written) > 1:
+        raise first
     return None
 
 

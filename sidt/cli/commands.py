@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,14 @@ def _open(
     return open_run(source, out, (*overrides, *texts(values or {})), texts({**(once or {}), "device": device}))
 
 
+def _working(source: Path, out: Path | None, *, together: bool = False, **_: Any) -> AbstractContextManager[None]:
+    """While the block runs, no other command works in the run folder; see :func:`sidt.runs.alone.working_in`."""
+    from sidt.runs.alone import working_in
+    from sidt.runs.folder import folder_for
+
+    return working_in(folder_for(source, out), together=together)
+
+
 def _do(step: Callable[["Run"], str], run: "Run") -> None:
     """Do one step, say what it did, and keep the config that it was done with."""
     from sidt.runs.folder import remember
@@ -74,7 +83,8 @@ def _add_step(name: str, module: str, function: str, says: str) -> None:
     def step(**arguments: Any) -> None:
         from importlib import import_module
 
-        _do(getattr(import_module(f"sidt.runs.{module}"), function), _open(**arguments))
+        with _working(**arguments):
+            _do(getattr(import_module(f"sidt.runs.{module}"), function), _open(**arguments))
 
 
 _add_step("train", "pipeline", "train", "Train the dense model, or take the weights that the config names.")
@@ -107,7 +117,8 @@ def search(
     values = {"budget": budget, "search.pareto": pareto, "seed": seed}
     once = {"search.trials": trials, "search.timeout": timeout, "search.storage": storage}
     once["search.workers"] = workers
-    _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values, once=once))
+    with _working(**arguments, together=True):
+        _do(lambda run: pipeline.search(run, click.echo), _open(**arguments, values=values, once=once))
 
 
 @cli.command("slice")
@@ -119,7 +130,8 @@ def slice_(at: float | None, **arguments: Any) -> None:
     """Slice the dense model by the plan."""
     from sidt.runs import pipeline
 
-    _do(lambda run: pipeline.slice_(run, at, click.echo), _open(**arguments))
+    with _working(**arguments):
+        _do(lambda run: pipeline.slice_(run, at, click.echo), _open(**arguments))
 
 
 @cli.command()
@@ -129,10 +141,11 @@ def finetune(teacher: bool, **arguments: Any) -> None:
     """Train the sliced model further."""
     from sidt.runs import pipeline
 
-    run = _open(**arguments)
-    if teacher and run.config.teacher is None:
-        run = _open(**arguments, values={"teacher": {}})
-    _do(pipeline.finetune, run)
+    with _working(**arguments):
+        run = _open(**arguments)
+        if teacher and run.config.teacher is None:
+            run = _open(**arguments, values={"teacher": {}})
+        _do(pipeline.finetune, run)
 
 
 @cli.command()
@@ -142,9 +155,10 @@ def run(**arguments: Any) -> None:
     from sidt.runs import pipeline
     from sidt.runs.images import naming_broken
 
-    opened = _open(**arguments)
-    with naming_broken(opened):
-        pipeline.run_all(opened, click.echo)
+    with _working(**arguments):
+        opened = _open(**arguments)
+        with naming_broken(opened):
+            pipeline.run_all(opened, click.echo)
 
 
 @cli.command()
@@ -159,8 +173,9 @@ def demo(**arguments: Any) -> None:
 
     with resources.as_file(resources.files("sidt.configs") / "classification" / "digits_vit.yaml") as config:
         arguments["out"] = arguments["out"] or Path("runs") / "demo"
-        opened = _open(source=config, **arguments)
-    pipeline.run_all(opened, click.echo)
+        with _working(config, **arguments):
+            opened = _open(source=config, **arguments)
+            pipeline.run_all(opened, click.echo)
     click.echo((opened.folder / "report.md").read_text(encoding="utf-8"))
 
 

@@ -21,16 +21,20 @@ def compress(run: Path, config: Path, dense: bool, device: str | None) -> None:
     RUN is of `sidt search` or of `sidt detect`. Writes RUN/compressed/NAME of the config: the packed model (sidt.load,
     or load_detector, reads it), its numbers and a report. Stop it with Ctrl-C; the same command goes on.
     """
+    from sidt.runs.alone import working_in
+
     if names_a_detector(str(run)):
-        opened = detection("runs.folder").open_run(run, settings={"device": device})
-        click.echo(detection("runs.compressing").compress(opened, config, dense=dense, say=click.echo))
+        with working_in(run):
+            opened = detection("runs.folder").open_run(run, settings={"device": device})
+            click.echo(detection("runs.compressing").compress(opened, config, dense=dense, say=click.echo))
         return
     import json
 
     from sidt.runs.compressed import compress as compress_run
-    from sidt.runs.folder import open_run
+    from sidt.runs.folder import folder_for, open_run
     from sidt.runs.images import naming_broken
 
-    opened = open_run(run, None, (), () if device is None else (f"device={json.dumps(device)}",))
-    with naming_broken(opened):
-        click.echo(compress_run(opened, config, dense=dense, say=click.echo))
+    with working_in(folder_for(run, None)):
+        opened = open_run(run, None, (), () if device is None else (f"device={json.dumps(device)}",))
+        with naming_broken(opened):
+            click.echo(compress_run(opened, config, dense=dense, say=click.echo))

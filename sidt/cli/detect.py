@@ -1,5 +1,6 @@
 """``sidt detect``: the command line of detection. Imports happen inside commands, so that help is quick."""
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def _open(
     return detection("runs.folder").open_run(source, out, _parsed(options), settings, data_root=data_root)
 
 
+def _working(source: Path, out: Path | None, *, together: bool = False) -> AbstractContextManager[None]:
+    """While the block runs, no other command works in the run folder; see :func:`sidt.runs.alone.working_in`."""
+    from sidt.runs.alone import working_in
+
+    return working_in(detection("runs.folder").folder_for(source, out), together=together)
+
+
 @detect.command()
 @_RUN
 @_HOLDOUT
@@ -98,8 +106,9 @@ def train(source: Path, holdout: str | None, amp: bool, launcher: str, **argumen
     pipeline = detection("runs.pipeline")
     if source.is_dir():
         raise InputError(f"{source} is a folder; training starts from a config (.py), with --out {source}")
-    run = _open(source, settings={"holdout": number(holdout)}, **arguments)
-    click.echo(pipeline.train_dense(run, _mixed_precision({}, amp), launcher=launcher))
+    with _working(source, arguments["out"]):
+        run = _open(source, settings={"holdout": number(holdout)}, **arguments)
+        click.echo(pipeline.train_dense(run, _mixed_precision({}, amp), launcher=launcher))
 
 
 @detect.command()
@@ -145,10 +154,11 @@ def search(
         "kinds": kinds.split(",") if kinds else None,
         "input_size": image_size(input_size),
     }
-    run = _open(source, out, data_root, options, given)
-    if checkpoint is not None:
-        click.echo(pipeline.take_checkpoint(run, checkpoint))
-    click.echo(pipeline.search(run, click.echo))
+    with _working(source, out, together=checkpoint is None):
+        run = _open(source, out, data_root, options, given)
+        if checkpoint is not None:
+            click.echo(pipeline.take_checkpoint(run, checkpoint))
+        click.echo(pipeline.search(run, click.echo))
 
 
 @detect.command()
@@ -163,15 +173,10 @@ def finetune(
 ) -> None:
     """Train the sliced detector further with MMEngine's Runner; the same command goes on after a stop."""
     pipeline = detection("runs.pipeline")
-    run = _open(source, None, data_root, (), {})
-    click.echo(
-        pipeline.finetune(
-            run,
-            _mixed_precision(_parsed(options), amp),
-            launcher=launcher,
-            teacher=teacher,
-        )
-    )
+    with _working(source, None):
+        run = _open(source, None, data_root, (), {})
+        changes = _mixed_precision(_parsed(options), amp)
+        click.echo(pipeline.finetune(run, changes, launcher=launcher, teacher=teacher))
 
 
 @detect.command()
@@ -199,13 +204,14 @@ def evaluate(
 ) -> None:
     """COCO scores, parameters, MACs and latency of a run's detectors, as a table and in evaluation.json."""
     pipeline = detection("runs.pipeline")
-    run = _open(**arguments, settings={"input_size": image_size(input_size)})
-    if checkpoint is not None:
-        click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
-    table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)
-    click.echo(table)
-    if draw:
-        click.echo(pipeline.draw(run, draw))
+    with _working(arguments["source"], arguments["out"]):
+        run = _open(**arguments, settings={"input_size": image_size(input_size)})
+        if checkpoint is not None:
+            click.echo(pipeline.take_checkpoint(run, checkpoint, only_test=True))
+        table = pipeline.evaluate(run, launcher=launcher, per_class=per_class, latency=not no_latency, style=style)
+        click.echo(table)
+        if draw:
+            click.echo(pipeline.draw(run, draw))
 
 
 @detect.command()
@@ -215,7 +221,8 @@ def evaluate(
 def report(source: Path, data_root: Path | None, options: tuple[str, ...]) -> None:
     """Write report.html: scores, kept sizes, the search, boxes side by side."""
     page = detection("runs.page")
-    click.echo(f"report -> {page.write_page(_open(source, None, data_root, options, {}))}")
+    with _working(source, None):
+        click.echo(f"report -> {page.write_page(_open(source, None, data_root, options, {}))}")
 
 
 @detect.command()
@@ -236,9 +243,8 @@ def digits(folder: Path, seed: int, **numbers: int | None) -> None:
 @DEVICE
 def demo(out: Path | None, options: tuple[str, ...], device: str | None) -> None:
     """The whole way on handwritten digits, with nothing to download: a detector with a 40 % smaller backbone."""
-    detection("runs.demo").demo(
-        out or Path("runs") / "detect-demo",
-        _parsed(options),
-        device,
-        click.echo,
-    )
+    from sidt.runs.alone import working_in
+
+    folder = out or Path("runs") / "detect-demo"
+    with working_in(folder):
+        detection("runs.demo").demo(folder, _parsed(options), device, click.echo)

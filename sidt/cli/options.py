@@ -109,13 +109,15 @@ def key_values(option: str, texts: tuple[str, ...], example: str) -> dict[str, A
     """
     import yaml
 
+    from sidt.files import load_yaml
+
     values: dict[str, Any] = {}
     for text in texts:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise InputError(f"cannot read {option} {text!r}; write key=value, e.g. {example}")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = load_yaml(value)
         except yaml.YAMLError:
             raise InputError(f"cannot read the value of {option} {text!r} as YAML") from None
     return values

@@ -58,25 +58,27 @@ def shrink(
     `report` go on from it.
     Images are prepared as the weights want it.
     """
+    from sidt.runs.alone import working_in
     from sidt.runs.images import naming_broken
-    from sidt.runs.shrinking import shrink_run, shrinking_run
+    from sidt.runs.shrinking import folder_for, shrink_run, shrinking_run
 
     if budget is None:
         raise InputError("shrink needs a budget: --budget.params 0.6, --budget.macs 0.5 or --budget.latency 20ms")
-    run = shrinking_run(
-        model,
-        images,
-        budget,
-        out=out,
-        checkpoint=checkpoint,
-        args=key_values("--model-kwargs", model_kwargs, "img_size=32"),
-        classes=classes,
-        trials=trials,
-        steps=steps,
-        skip_broken=skip_broken,
-        overrides=overrides,
-        device=device,
-        say=click.echo,
-    )
-    with naming_broken(run):
-        shrink_run(run, click.echo)
+    with working_in(folder_for(model, out)):
+        run = shrinking_run(
+            model,
+            images,
+            budget,
+            out=out,
+            checkpoint=checkpoint,
+            args=key_values("--model-kwargs", model_kwargs, "img_size=32"),
+            classes=classes,
+            trials=trials,
+            steps=steps,
+            skip_broken=skip_broken,
+            overrides=overrides,
+            device=device,
+            say=click.echo,
+        )
+        with naming_broken(run):
+            shrink_run(run, click.echo)

@@ -6,7 +6,8 @@ plan says which of its units are left. A model whose search space does not come 
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ _FORMAT = "sidt-checkpoint-1"
 FILES = ("config.json", "plan.json", "model.safetensors")
 PACKED = "packed.safetensors"  # in place of the last, where weights have a structure
 SPACE = "space.yaml"  # where the model's search space does not come with SiDT
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+_PREPARES: dict[str, Callable[[Any], bool]] = {  # what timm can take
+    "mean": lambda value: isinstance(value, list) and bool(value) and all(map(_number, value)),
+    "std": lambda value: isinstance(value, list) and bool(value) and all(_number(v) and v > 0 for v in value),
+    "interpolation": lambda value: isinstance(value, str),
+    "crop_pct": lambda value: _number(value) and value > 0,
+    "crop_mode": lambda value: isinstance(value, str),
+}
 
 
 def save(
@@ -206,9 +220,12 @@ def _built(folder: Path) -> nn.Module:
     model = create_model(str(config.get("model")), config["args"])
     if config.get("space") is not None:
         model.sidt_family = read_family(folder / SPACE)  # type: ignore[assignment]
-    if isinstance(rotated := config.get("rotated"), list):
-        model.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
-    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **_tuples(config.get("preprocessing"))}  # type: ignore
+    if (rotated := config.get("rotated")) is not None:
+        if not isinstance(rotated, list) or not all(isinstance(name, str) for name in rotated):
+            raise InputError(f"{folder / 'config.json'}: rotated is {rotated!r}"[:200] + "; write a list of dimensions")
+        model.sidt_rotated = tuple(rotated)  # type: ignore[assignment]
+    says = _preparation_in(config, str(folder / "config.json"))
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **says}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))
     return model if plan.sizes == plan.space.sizes else slice_model(model, plan)
 
@@ -218,10 +235,17 @@ def files_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     return FILES if config.get("space") is None else (*FILES, SPACE)
 
 
-def _tuples(values: Any) -> dict[str, Any]:
-    """Preprocessing as timm has it."""
-    known = values if isinstance(values, dict) else {}
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in known.items() if key in PREPARATION}
+def _preparation_in(config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """How a checkpoint's images are prepared, as timm has it."""
+    says = config.get("preprocessing")
+    if says is None:
+        return {}
+    if not isinstance(says, dict):
+        raise InputError(f"{label}: preprocessing is {says!r}"[:200] + "; write a mapping, or leave it out")
+    for key, value in says.items():
+        if key in PREPARATION and not _PREPARES[key](value):
+            raise InputError(f"{label}: preprocessing.{key} is {value!r}"[:200] + "; write it as timm's data config")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in says.items() if key in PREPARATION}
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sidt.allocation.study import Sampler
 from sidt.cost.budget import Budget
 from sidt.data.preparation import DataConfig
 from sidt.errors import InputError
+from sidt.files import load_yaml
 from sidt.importance.gates import GateConfig
 from sidt.settings import parse, read_yaml
 from sidt.space.families import Kind
@@ -194,7 +195,7 @@ def override(tree: dict[str, Any], text: str) -> None:
             raise InputError(f"cannot set {key}: {part} is {inner!r}, not a section")
         tree = inner
     try:
-        tree[leaf] = yaml.safe_load(value)
+        tree[leaf] = load_yaml(value)
     except yaml.YAMLError:
         raise InputError(f"cannot read the value of the override {text!r} as YAML") from None
 

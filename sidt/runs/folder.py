@@ -51,6 +51,13 @@ class Run:
         return str(resolve_device(self.config.device))
 
 
+def folder_for(source: Path, out: Path | None) -> Path | None:
+    """The run folder that a config or a run folder stands for; ``None`` where :func:`open_run` refuses it."""
+    if source.is_dir():
+        return source if (source / "config.yaml").is_file() else None
+    return out or Path("runs") / source.stem if source.is_file() else None
+
+
 def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] = (), once: tuple[str, ...] = ()) -> Run:
     """Open a run folder, or start one from a config.
 
@@ -63,15 +70,12 @@ def open_run(source: Path, out: Path | None = None, overrides: tuple[str, ...] =
     Raises:
         InputError: the source is neither, the config is wrong, or the folder cannot be written.
     """
-    if source.is_dir():
-        if not (source / "config.yaml").is_file():
-            raise InputError(
-                f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
-            )
-        folder, path = source, source / "config.yaml"
-    elif source.is_file():
-        folder, path = out or Path("runs") / source.stem, source
-    else:
+    if source.is_dir() and not (source / "config.yaml").is_file():
+        raise InputError(
+            f"{source} is no run folder: it has no config.yaml; give a config, or a folder that `sidt run` made"
+        )
+    folder, path = folder_for(source, out), source / "config.yaml" if source.is_dir() else source
+    if folder is None:
         raise InputError(f"{source} is neither a config file nor a run folder")
     once_too = read_config(path, (*overrides, *once))
     if source.is_file():

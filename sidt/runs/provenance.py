@@ -145,7 +145,7 @@ def _contents(path: Path) -> Iterator[bytes]:
             yield _dumped({name: value for name, value in header.items() if name != "__metadata__"})
             while part := file.read(1 << 20):
                 yield part
-    except (OSError, ValueError, AttributeError, MemoryError, OverflowError) as error:
+    except (OSError, ValueError, AttributeError, MemoryError, OverflowError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; it may be truncated") from None
 
 

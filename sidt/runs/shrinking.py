@@ -81,7 +81,12 @@ def shrinking_run(
     for text in overrides:
         override(tree, text)
     config = prepared(parse(RunConfig, tree, "sidt shrink"))
-    return started(out or Path("runs") / Path(model.removeprefix("hf:")).name, _with_labels(config, say))
+    return started(folder_for(model, out), _with_labels(config, say))
+
+
+def folder_for(model: str, out: Path | None) -> Path:
+    """The run folder of a model."""
+    return out or Path("runs") / Path(model.removeprefix("hf:")).name
 
 
 def shrink_run(run: Run, say: Say) -> None:

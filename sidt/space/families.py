@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from sidt.errors import InputError
+from sidt.files import load_yaml
 from sidt.space import axes
 from sidt.space.axes import ParsedLine
 
@@ -123,7 +124,7 @@ def read_family(file: Path) -> Family:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = load_yaml(text)
     except OSError as error:
         raise InputError(f"cannot read the search space {file}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -131,7 +131,13 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Structure]]:
             begin = f"{name}{_SEPARATOR}"
             parts = {key.removeprefix(begin): tensors.pop(key) for key in list(tensors) if key.startswith(begin)}
             state[name] = unpack(parts, structures[name], tuple(says["shape"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # pydantic's and JSON's are ValueErrors
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # pydantic's, JSON's: ValueErrors
         raise InputError(f"{path} is damaged: {_line(error)}; compress again") from None
     return tensors | state, structures
 

@@ -81,6 +81,28 @@ def test_truncated_or_missing_files(saved, name, refused):
         sidt.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("preprocessing", "none"),
+        ("preprocessing", {"mean": 0.5}),
+        ("preprocessing", {"mean": [0.5, float("nan"), 0.5]}),
+        ("preprocessing", {"std": [0.5, [0.5], 0.5]}),
+        ("preprocessing", {"std": [0.5, 0, 0.5]}),
+        ("preprocessing", {"crop_pct": -1}),
+        ("preprocessing", {"crop_mode": None}),
+        ("rotated", {"embed": 1}),
+        ("rotated", [1]),
+    ],
+)
+def test_a_config_that_says_what_cannot_be(saved, key, value, refused):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with refused(folder / "config.json", key):
+        sidt.load(folder)
+
+
 def test_weights_of_other_shapes_or_names(saved, refused):
     small, folder = saved
     state = {k: v.clone() for k, v in small.state_dict().items()}

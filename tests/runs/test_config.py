@@ -62,6 +62,10 @@ def test_bad_files(write, tmp_path, refused):
         read_config(tmp_path / "nowhere.yaml")
     with refused("not YAML"):
         read_config(write("model: [unclosed"))
+    with refused("not YAML", "'seed' is there twice", "line 2"):
+        read_config(write("seed: 1\nseed: 2\n"))
+    with refused("not YAML", "nested too deep"):
+        read_config(write("model: " + "[" * 3000 + "]" * 3000))
     with refused("must be a mapping"):
         read_config(write("- a\n- b"))
     with refused("budget", "missing", "known here"):

@@ -152,6 +152,19 @@ def test_a_damaged_file(text, refused, tmp_path):
         load_plan(tmp_path / "plan.json", SPACE)
 
 
+def test_a_file_that_is_nested_too_deep(refused, tmp_path):
+    (tmp_path / "plan.json").write_text("[" * 20_000 + "]" * 20_000)
+    with refused("plan.json", "nested too deep"):
+        load_plan(tmp_path / "plan.json", SPACE)
+
+
+def test_a_file_that_says_something_twice(refused, tmp_path):
+    text = json.dumps(DimensionPlan(SPACE, {}).to_json())
+    (tmp_path / "plan.json").write_text(text.replace('"keep":', '"keep": {}, "keep":'))
+    with refused("plan.json", "'keep' is there twice"):
+        load_plan(tmp_path / "plan.json", SPACE)
+
+
 def test_a_file_that_is_not_text(refused, tmp_path):
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with refused("plan.json", "not valid JSON"):
