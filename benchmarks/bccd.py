@@ -36,6 +36,7 @@ from sidt.detection.detectors.space import detector_space, parts, predict
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
 from sidt.detection.training.loss import detector_loss, read_batches
+from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance
 from sidt.report.tables import table
@@ -47,6 +48,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
 SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
 SCORE_IMAGES = 128
+SCORES = "dense.json"  # of the dense detector, in the folder of a seed
 OURS, TAYLOR = "SiDT", "Taylor of each parameter"
 DENSE = "dense, trained on as long"
 # What is fine-tuned: a way, what is counted, and the share that is left.
@@ -136,6 +138,9 @@ def prepared(run: DetectionRun, seed: int) -> tuple[Any, Config, dict[str, Way]]
 def untrained(run: DetectionRun, seed: int, only: str) -> None:
     """Test AP of every way at every share without training; a file for each."""
     _, config, ways = prepared(run, seed)
+    if not (run.folder / SCORES).is_file():
+        dense = pipeline.evaluate_detector(run.folder / "dense", config, input_size(run), per_class=True, latency=False)
+        write_json(run.folder / SCORES, dense["bbox"])
     for name, way in ways.items():
         for kind in KINDS:
             file = run.folder / "curves" / f"{_plain(name)}-{kind}.json"
@@ -145,7 +150,7 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
             for share in SHARES:
                 try:
                     found += curve(config, [way(Budget(**{kind: share}))])
-                except RivalError as error:  # whatever a rival cannot reach is its result
+                except (RivalError, InputError) as error:  # what cannot be reached is a result
                     click.echo(f"{name}, {share:.0%} of the {kind}: {error}")
                     found.append(None)
             write_json(file, found)
@@ -195,17 +200,30 @@ def _percent(ap: float | None) -> str:
 
 def latencies(run: DetectionRun) -> dict[str, float]:
     """Milliseconds of whole detectors on this CPU, one image, timed in turn."""
-    size, calls = input_size(run), {}
-    rows = [(DENSE, "params", 1.0), *(row for row in TUNED if row[0] == OURS)]
-    for row in rows:
+    size, calls = input_size(run), dict[str, Callable[[], None]]()
+    for row in (row for row in finished([run.folder]) if row[0] in (DENSE, OURS)):
         detector = load_detector(run.folder / "rows" / _plain(_name(*row)))[0].eval()
         calls[_name(*row)] = partial(_infer, detector, torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
 
 
+def finished(folders: list[Path]) -> list[tuple[str, str, float]]:
+    """The rows that are fine-tuned with every seed."""
+    rows = [(DENSE, "params", 1.0), *TUNED]
+    return [row for row in rows if all((f / "rows" / _plain(_name(*row)) / "row.json").is_file() for f in folders)]
+
+
 @torch.inference_mode()
 def _infer(detector: nn.Module, images: Tensor) -> None:
     predict(detector, images)
+
+
+def dense_line(folders: list[Path]) -> str:
+    """The scores of the dense detectors."""
+    found = [read_json(folder / SCORES) for folder in folders]
+    whole = [f"{key} {spread([own[key] for own in found])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+    each = [f"{name} {spread([own['classes'][name] for own in found])}" for name in found[0]["classes"]]
+    return f"The dense detector: {', '.join([*whole, *each])}."
 
 
 def untrained_table(folders: list[Path], kind: str) -> str:
@@ -231,7 +249,7 @@ def _title(file: str) -> str:
 def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
     """Scores of the fine-tuned detectors."""
     lines = []
-    for row in [(DENSE, "params", 1.0), *TUNED]:
+    for row in finished(folders):
         found = [read_json(folder / "rows" / _plain(_name(*row)) / "row.json") for folder in folders]
         after = [own["fine-tuned"]["bbox"] for own in found]
         first = found[0]["backbone"]
@@ -278,7 +296,8 @@ def main(
     if "write" not in wanted:
         return
     here = environment()
-    times = latencies(open_seed(numbers[0], folders[0], data, epochs))
+    done = finished(folders)
+    times = latencies(open_seed(numbers[0], folders[0], data, epochs)) if done else {}
     text = [
         f"{SOURCE.name}: a small Swin and ATSS, trained from random weights on BCCD's 292 training images but those "
         "that are held out, tested on its 72 test images. COCO box AP in percent, mean +- standard deviation over the "
@@ -289,9 +308,10 @@ def main(
         "get that small.",
         "Without training:",
         *(untrained_table(folders, kind) for kind in KINDS),
+        dense_line(folders),
         "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
         "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
-        tuned_table(folders, times),
+        tuned_table(folders, times) if done else "None yet.",
     ]
     facts = {
         folder.name: {
