@@ -295,7 +295,7 @@ def main(
         click.echo(json.dumps(environment()))
     if "write" not in wanted:
         return
-    here = environment()
+    here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}"}
     done = finished(folders)
     times = latencies(open_seed(numbers[0], folders[0], data, epochs)) if done else {}
     text = [
