@@ -105,7 +105,7 @@ class TimmBackbone(BaseModule):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> for each output [B, channels, H / stride, W / stride], where parts of a position count."""
-        embed = getattr(getattr(self.model, "patch_embed", None), "proj", None)
+        embed = getattr(getattr(getattr(self.model, "encoder", self.model), "patch_embed", None), "proj", None)
         # Other convolutions have padding of their own, or read a stem's maps.
         if isinstance(embed, nn.Conv2d) and embed.kernel_size == embed.stride and embed.in_channels == images.shape[1]:
             height, width = embed.stride

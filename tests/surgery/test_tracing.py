@@ -11,7 +11,7 @@ from sidt.surgery.slicing import slice_model
 
 OTHERS = [b for b in TIMM_BACKBONES if b not in (VIT_TINY, SWIN, SWIN_V2, PVT)]
 # As timm has them: torch.fx follows no decision by sizes, and TorchScript compiles not all of Python.
-NOT_TRACED = ("vit_tiny_r_s16", "crossvit", "naflexvit", "samvit", "hiera_")
+NOT_TRACED = ("vit_tiny_r_s16", "crossvit", "naflexvit", "samvit", "hiera_", "qwen3_vit")
 NOT_SCRIPTED = ("naflexvit", "hiera_")
 ALL = [VIT_TINY, SWIN, SWIN_V2, PVT, *(pytest.param(b, marks=pytest.mark.slow) for b in OTHERS)]
 
