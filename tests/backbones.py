@@ -222,7 +222,14 @@ TIMM_BACKBONES = (
     Backbone("sam2_hiera_tiny", SMALL_HIERA | {"window_spec": (4, 2, 4, 2)}, (3, 64, 64)),
     Backbone("vit_relpos_medium_patch16_cls_224", VIT | SMALL),  # positions by an MLP, beside a class token
     Backbone("vit_relpos_small_patch16_224", VIT | SMALL | {"rel_pos_type": "bias", "qkv_bias": True, "qk_norm": True}),
+    Backbone("vit_srelpos_small_patch16_224", VIT | SMALL),  # positions that all blocks share
+    Backbone("vit_srelpos_small_patch16_224", VIT | SMALL | {"rel_pos_type": "bias"}, label="table"),
     Backbone("beit_base_patch16_224", VIT | SMALL),  # biases of relative positions
+    Backbone(
+        "beit_base_patch16_224",
+        VIT | SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+        label="shared",
+    ),
     Backbone(
         "beitv2_base_patch16_224",
         VIT | SMALL | {"use_rel_pos_bias": False, "use_abs_pos_emb": True, "global_pool": "token"},
@@ -285,6 +292,7 @@ VITDET_BACKBONES = (
 
 SMALL_HF = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
 SMALL_HF |= {"image_size": 32, "patch_size": 8}
+SHARED_BIAS = {"use_shared_relative_position_bias": True, "use_relative_position_bias": False}
 SMALL_HF_BEIT = SMALL_HF | {"use_relative_position_bias": True, "use_absolute_position_embeddings": True}
 SMALL_HF_BEIT |= {"use_mask_token": True}
 SMALL_HF_SWIN = {"image_size": 52, "patch_size": 4, "embed_dim": 24, "depths": [1, 2, 2, 1], "num_heads": [2, 2, 4, 4]}
@@ -321,6 +329,9 @@ TRANSFORMERS_BACKBONES = tuple(
         ("BeitModel", SMALL_HF_BEIT),
         ("BeitModel", SMALL_HF_BEIT | {"use_mean_pooling": False}, "token"),
         ("BeitForImageClassification", SMALL_HF_BEIT),
+        ("BeitForImageClassification", SMALL_HF_BEIT | {"use_shared_relative_position_bias": True}, "both"),
+        ("BeitForImageClassification", SMALL_HF_BEIT | SHARED_BIAS, "shared"),
+        ("BeitModel", SMALL_HF_BEIT | SHARED_BIAS, "shared"),
         ("BeitForImageClassification", SMALL_HF_BEIT | {"use_mean_pooling": False}, "token"),
         ("DetrForObjectDetection", SMALL_DETR | {"backbone_config": SMALL_HF_MAPS | {"out_features": ["stage4"]}}),
         ("DetrForObjectDetection", SMALL_DETR | {"backbone_config": SMALL_HF_RESNET}, "resnet"),

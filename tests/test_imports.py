@@ -28,7 +28,7 @@ ONLY = {
         "sidt.surgery.attention",
         "sidt.surgery.forwards",
         "sidt.surgery.norms",
-        "sidt.surgery.rotary",
+        "sidt.surgery.positions",
         "sidt.data.loading",
         "sidt.data.preparation",
         "sidt.training.loop",

@@ -28,7 +28,7 @@ from timm.models.swin_transformer import WindowAttention as SwinAttention
 from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from torch import Tensor, nn
 
-from sidt.surgery.rotary import own_angles, turned
+from sidt.surgery.positions import ROTARY, own_angles, turned
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Forward:
             q/k size and v size.
         scale: the scale of a dense module, kept as its attribute ``scale`` if the plain class has none.
         bilinear: whether logits are products of q and k, so that a basis of both may be chosen.
-        rotary: whether it turns pairs of q/k rows by angles that it is given, and knows by ``turned`` and
-            ``turned_heads`` which of them are its own; see :func:`sidt.surgery.rotary.remember_pairs`.
+        buffers: what it knows by which of the dense model's heads and rows its own are, as it is given the angles of
+            rotary positions, or biases, of all of these; see :func:`sidt.surgery.positions.remember`.
     """
 
     sliced: type[nn.Module]
     takes: Callable[[Any, int, int, int], bool]
     scale: Callable[[Any], float] | None = None
     bilinear: bool = True
-    rotary: bool = False
+    buffers: tuple[str, ...] = ()
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -294,8 +294,8 @@ FORWARDS: dict[type[nn.Module], Forward] = {
     ),  # cosine attention: its scale is learned
     PvtV2Attention: Forward(SlicedPvtV2Attention, _fills_the_width_at_scale),
     AttentionPoolLatent: Forward(SlicedLatentPool, _fills_what_it_reads),
-    EvaAttention: Forward(SlicedEvaAttention, _fills_the_width_at_scale, bilinear=False, rotary=True),
-    AttentionRope: Forward(SlicedRopeAttention, _fills_the_width_at_scale, bilinear=False, rotary=True),
+    EvaAttention: Forward(SlicedEvaAttention, _fills_the_width_at_scale, bilinear=False, buffers=ROTARY),
+    AttentionRope: Forward(SlicedRopeAttention, _fills_the_width_at_scale, bilinear=False, buffers=ROTARY),
 }
 
 # Sublayers that need another class when no unit is left, beside that of FORWARDS.

@@ -15,7 +15,7 @@ from sidt.space.binding import get_attribute
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import VANISHING, Dimension, DimensionSpace, owner_of
 from sidt.surgery.norms import count_what_is_gone
-from sidt.surgery.rotary import BUFFERS, remember_pairs, rows_of
+from sidt.surgery.positions import remember, rows_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,8 +62,8 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
         rows = math.prod(s for s in rows_of(plan, *own[:2]) if isinstance(s, int)) * sizes[own[1]]
         attention = sliced.get_submodule(owner)
         _take_sizes(attention, sizes[heads], rows, sizes[own[2]], pruned=pruned, library=library)
-        if type(attention) in {f.sliced for f in library.FORWARDS.values() if f.rotary}:
-            remember_pairs(attention, plan, *own[:2])
+        buffers = {forward.sliced: forward.buffers for forward in library.FORWARDS.values()}
+        remember(attention, buffers.get(type(attention), ()), plan, *own[:2])
     for name, dimension in space.dimensions.items():
         if dimension.kind in VANISHING and dimension.size and not sizes[name]:
             _empty(list(_around(sliced, owner_of(name, space.places))), dimension, library)
@@ -163,9 +163,8 @@ def _change_forward(module: Any, forward: Any) -> None:
     """Change the class and nothing else: weights, names, hooks and scale stay as they are."""
     if forward.scale is not None:
         module.scale = forward.scale(module)
-    if forward.rotary:
-        for name in BUFFERS:
-            module.register_buffer(name, None, persistent=False)
+    for name in forward.buffers:
+        module.register_buffer(name, None, persistent=False)
     module.__class__ = forward.sliced
 
 

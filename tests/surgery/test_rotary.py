@@ -14,7 +14,7 @@ from sidt.space.families import INNER_KINDS, read_family
 from sidt.space.finding import families
 from sidt.space.plan import DimensionPlan
 from sidt.space.space import space_for
-from sidt.surgery.rotary import own_angles
+from sidt.surgery.positions import own_angles
 from sidt.surgery.slicing import mask_model, slice_model
 
 HALVES, NEIGHBOURS, LEARNED, PLAIN = (

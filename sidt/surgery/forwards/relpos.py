@@ -8,6 +8,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from sidt.surgery.attention import Forward, attend, fills_the_width, split_qkv
+from sidt.surgery.positions import SHARED, own_biases
 
 torch.fx.wrap("attend")  # by the names of a module, whose calls are traced
 
@@ -44,14 +45,18 @@ class Biased(nn.Module):
 class SlicedRelPosAttention(RelPosAttention, Biased):
     """timm's attention of ViTs with relative positions, its own or those that all blocks share."""
 
+    own_heads: Tensor | None
+
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        """[B, N, C] -> [B, N, C]; the shared bias is [1, heads, N, N] or ``None``."""
+        """[B, N, C] -> [B, N, C]; the shared bias is [1, heads of a dense block, N, N] or ``None``."""
         if not self.num_heads:
             return self.proj_drop(self.proj(x[..., :0]))  # type: ignore[no-any-return]
         q, k, v = split_qkv(self.qkv(x), self.num_heads, self.proj.in_features)
         bias = self.position_bias()
+        if bias is None and shared_rel_pos is not None:
+            bias = own_biases(shared_rel_pos, self.own_heads)
         drop = self.attn_drop.p if self.training else 0.0
-        x = attend(self.q_norm(q), self.k_norm(k), v, self.scale, shared_rel_pos if bias is None else bias, drop)
+        x = attend(self.q_norm(q), self.k_norm(k), v, self.scale, bias, drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -60,4 +65,4 @@ def as_before(module: Any, heads: int, qk: int, v: int) -> bool:
     return fills_the_width(module, heads, qk, v) and heads == module.num_heads and module.scale == qk**-0.5
 
 
-FORWARDS: dict[type[nn.Module], Forward] = {RelPosAttention: Forward(SlicedRelPosAttention, as_before)}
+FORWARDS: dict[type[nn.Module], Forward] = {RelPosAttention: Forward(SlicedRelPosAttention, as_before, buffers=SHARED)}

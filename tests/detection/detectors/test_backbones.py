@@ -36,8 +36,8 @@ from sidt.space.space import space_for
 
 # timm's own take no images of other sizes, or give maps of other sizes than they say.
 NOT_OF_DETECTORS = (
-    *("vitamin", "naflexvit", "samvit_base_patch16-", "hiera", "sam2_hiera", "vit_relpos", "beit_", "beitv2"),
-    *("cait", "crossvit", "volo", "test_", "mvitv2", "pit_"),
+    *("vitamin", "naflexvit", "samvit_base_patch16-", "hiera", "sam2_hiera", "vit_relpos", "vit_srelpos"),
+    *("beit_", "beitv2", "cait", "crossvit", "volo", "test_", "mvitv2", "pit_"),
 )
 READ_OTHERS = ("xcit", "qwen3_vit_88m_merge", "deepseek_vit_412m_align")
 REFUSED = [b for b in TIMM_BACKBONES if f"{b}-".startswith(NOT_OF_DETECTORS)]

@@ -1,13 +1,15 @@
-"""Rotary positions for any kept pairs of q/k rows: each head turns its own, by the angles of the dense model.
+"""Positions that a model gives all its attentions, of the dense model's heads: each picks those of its own.
 
 Rotary positions turn pairs of rows of q and of k, each by an angle of its own: rows u and u + half of the head
 ("halves", DINOv3), or neighbours ("interleaved", EVA-02). A pair goes as a whole, and each head keeps its own, so the
-sines and cosines that the model gives all heads are picked for each. What to pick are two buffers of the attention,
-which are no part of its state dict: slicing by the plan makes them again.
+sines and cosines that the model gives all heads are picked for each. Biases that all blocks share (BEiT) are picked by
+head. What to pick are buffers of the attention, which are no part of its state dict: slicing by the plan makes them
+again.
 
 RoFormer: Enhanced Transformer with Rotary Position Embedding, Su et al. 2021.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from sidt.space.axes import Term, kept_indices, term_size
 from sidt.space.plan import DimensionPlan
 
-BUFFERS = ("turned_heads", "turned")  # of a rotary attention; None: all of them
+ROTARY = ("turned_heads", "turned")  # of a rotary attention; None: all of them
+SHARED = ("own_heads",)  # of one that reads biases which all blocks share
 
 
 def own_angles(rope: Tensor, heads: Tensor | None, rows: Tensor | None, count: int) -> Tensor:
@@ -53,17 +56,23 @@ def turned(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([x[:, :, :prefix], rest], dim=2).type_as(x)
 
 
+def own_biases(biases: Tensor, heads: Tensor | None) -> Tensor:
+    """[..., heads of a dense block, N, N], which all blocks share, for those that an attention has; ``None``: all."""
+    return biases if heads is None else biases.index_select(-3, heads)
+
+
 def rows_of(plan: DimensionPlan, heads: str, qk: str) -> Term:
     """How the rows of q stand in its weight: the product of heads and q/k units, and of 2 if a unit is a pair."""
     terms = (t for place in plan.space.places.values() for axis in place.axes for t in axis)
     return next((t for t in terms if heads in t and qk in t), (heads, qk))
 
 
-def remember_pairs(module: Any, plan: DimensionPlan, heads: str, qk: str) -> None:
-    """Give a rotary attention the buffers that say which heads and rows of the model before it has.
+def remember(module: Any, buffers: Sequence[str], plan: DimensionPlan, heads: str, qk: str) -> None:
+    """Give an attention the buffers that say which heads and rows of the model before it has.
 
     Args:
         module: the attention, whose weights are sliced; those of its buffers that were there are too.
+        buffers: which of them it has.
         plan: by which.
         heads: its heads.
         qk: its q/k units.
@@ -71,8 +80,10 @@ def remember_pairs(module: Any, plan: DimensionPlan, heads: str, qk: str) -> Non
     space, term = plan.space, rows_of(plan, heads, qk)
     size = term_size(term, space.sizes) // max(space.sizes[heads], 1)
     rows = kept_indices((term,), space.sizes, plan.keep, space.per) % max(size, 1)
-    for name, dimension, kept in zip(BUFFERS, (heads, qk), (plan.keep[heads], rows), strict=True):
-        whole = plan.sizes[dimension] == space.sizes[dimension] or not any(type(s) is int for s in term)
+    pairs = any(type(s) is int for s in term)
+    for name in buffers:
+        dimension, kept = (qk, rows) if name == "turned" else (heads, plan.keep[heads])
+        whole = plan.sizes[dimension] == space.sizes[dimension] or not (pairs or name in SHARED)
         if getattr(module, name) is None:
-            own = None if whole else torch.from_numpy(kept).to(module.proj.weight.device)
+            own = None if whole else torch.from_numpy(kept).to(next(module.parameters()).device)
             module.register_buffer(name, own, persistent=False)
