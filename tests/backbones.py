@@ -216,7 +216,7 @@ TIMM_BACKBONES = (
     Backbone("naflexvit_base_patch16_map", SMALL, (3, 64, 64)),  # pooled by attention
     Backbone("naflexvit_base_patch16_radio_v3", SMALL | {"init_values": 0.5}, (3, 64, 64)),
     Backbone("samvit_base_patch16_224", VIT | SMALL | {"window_size": 3, "global_attn_indexes": (1,)}),
-    Backbone("samvit_base_patch16", VIT | SMALL | {"neck_chans": 16, "global_attn_indexes": ()}),  # with a neck
+    Backbone("samvit_base_patch16", VIT | SMALL | {"neck_chans": 16, "use_rel_pos": False, "use_rope": True}),
     Backbone("hiera_tiny_224", SMALL_HIERA | {"img_size": 64}, (3, 64, 64)),
     Backbone("hiera_base_abswin_256", SMALL_HIERA | {"img_size": 64}, (3, 64, 64)),  # positions of windows
     Backbone("sam2_hiera_tiny", SMALL_HIERA | {"window_spec": (4, 2, 4, 2)}, (3, 64, 64)),

@@ -333,6 +333,15 @@ def test_every_parameter_matches_one_line(backbone):
     assert set(space.places) >= {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.file.stem)
+def test_what_a_family_lists_is_searched_in_some_model(family):
+    if family.file.stem.startswith("transformers") and find_spec("transformers") is None:
+        pytest.skip("the extra transformers is not installed; it needs Python 3.11")
+    spaces = [space for _, space in map(dense, BACKBONES) if space.family == family.file.stem]
+    searched = {d.kind for space in spaces for d in space.dimensions.values() if not d.fixed}
+    assert set(family.kinds) == searched
+
+
 @pytest.mark.parametrize("family", [f.file.stem for f in families()])
 def test_every_line_is_exercised(family):
     if family.startswith("transformers") and find_spec("transformers") is None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,30 @@ class TimmBackbone(BaseModule):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> for each output [B, channels, H / stride, W / stride], where parts of a position count."""
-        embed = getattr(getattr(getattr(self.model, "encoder", self.model), "patch_embed", None), "proj", None)
-        # Other convolutions have padding of their own, or read a stem's maps.
-        if isinstance(embed, nn.Conv2d) and embed.kernel_size == embed.stride and embed.in_channels == images.shape[1]:
-            height, width = embed.stride
-            images = F.pad(images, (0, -images.shape[-1] % width, 0, -images.shape[-2] % height))
+        height, width = images.shape[-2:]
+        tall, wide = _whole(self.model)
+        images = F.pad(images, (0, -width % wide, 0, -height % tall))
         maps = self.model.forward_intermediates(
             images, indices=list(self.out_indices), norm=self.is_plain, output_fmt="NCHW", intermediates_only=True
         )
+        if tall > self.strides[0]:  # what is padded for the whole is no part of the first maps
+            sides = ((-(-height // stride), -(-width // stride)) for stride in self.strides)
+            maps = [features[..., :h, :w] for features, (h, w) in zip(maps, sides, strict=True)]
         return tuple(norm(features) for norm, features in zip(self.norms, maps, strict=True))
+
+
+def _whole(model: Any) -> tuple[int, int]:
+    """Pixels that the sides of an image must be multiples of, which only that module knows that embeds its patches."""
+    embed = getattr(getattr(getattr(model, "encoder", model), "patch_embed", None), "proj", None)
+    if not isinstance(embed, nn.Conv2d):
+        return 1, 1
+    height, width = embed.stride
+    if (window := getattr(model, "pos_embed_window", None)) is not None:  # SAM 2's Hiera lays tiles of positions
+        last = model.feature_info[-1]["reduction"]  # and pools pairs
+        return math.lcm(height * window.shape[-2], last), math.lcm(width * window.shape[-1], last)
+    # Other convolutions have padding of their own, or read a stem's maps.
+    own = embed.kernel_size == embed.stride and embed.in_channels == getattr(model, "in_chans", 3)
+    return (height, width) if own else (1, 1)
 
 
 def _check_maps(backbone: TimmBackbone) -> None:

@@ -212,11 +212,11 @@ def spaces(model: str | None, file: Path | None, draft: Path | None, input_size:
         from sidt.space.finding import families, own_families
 
         rows = [
-            [f.file.stem if f in families() else str(f.file), n]
+            [f.file.stem if f in families() else str(f.file), n, ", ".join(f.kinds)]
             for f in [*own_families(), *families()]
             for n in f.models
         ]
-        click.echo(table(["search space", "model class"], rows))
+        click.echo(table(["search space", "model class", "may be searched"], rows))
         return
     if file is not None:
         from sidt.runs.checking import check_file

@@ -82,6 +82,15 @@ class Family:
     stages: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     text: str = ""
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What may be searched in some model: kinds of axes that a weight has without the mark of what stays whole."""
+        weights = [own for line in self.parameters for own in line.alternatives if len(own) > 1]
+        factors = [f for own in weights for axis in own for term in axis for f in term]
+        names = {f.name for f in factors if not f.fixed and not f.presence}
+        free = {rule.kind for name, rule in self.rules.items() if name in names}
+        return tuple(kind for kind in KINDS if kind in free)
+
     def within(self, prefix: str) -> "Family":
         """The same of a model inside another, where the names of its modules begin with a prefix."""
         norms, scales = (

@@ -36,7 +36,7 @@ from sidt.space.space import space_for
 
 # timm's own take no images of other sizes, or give maps of other sizes than they say.
 NOT_OF_DETECTORS = (
-    *("vitamin", "naflexvit", "samvit_base_patch16-", "hiera", "sam2_hiera", "vit_relpos", "vit_srelpos"),
+    *("vitamin", "naflexvit", "samvit_base_patch16-", "hiera", "vit_relpos", "vit_srelpos"),
     *("beit_", "beitv2", "cait", "crossvit", "volo", "test_", "mvitv2", "pit_"),
 )
 READ_OTHERS = ("xcit", "qwen3_vit_88m_merge", "deepseek_vit_412m_align")
