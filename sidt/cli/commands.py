@@ -20,6 +20,8 @@ from sidt.errors import InputError
 if TYPE_CHECKING:
     from sidt.runs.folder import Run
 
+LONGEST = 800  # characters of a message
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sidt")
@@ -289,5 +291,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if len(message) > LONGEST:  # which repeats a value that is one: the beginning says what it is, the end what to do
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
     click.echo(f"sidt: {message}", err=True)
     sys.exit(code)

@@ -194,3 +194,13 @@ def test_a_missing_driver_is_named_and_no_password_is(refused, monkeypatch):
             run(url, trials=1)
     assert shown("postgresql://me:se:cr@t@host/db") == "postgresql://me:***@host/db"
     assert shown("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+
+
+def test_a_full_disk_is_told_from_a_wrong_url(tmp_path, refused):
+    url = f"sqlite:///{tmp_path}/study.db"
+    with refused("No space left", "free some space"), storage.opening(url):
+        raise OSError(28, "No space left on device")
+    with refused("disk is full", "free some space"), storage.opening(url):
+        raise sqlalchemy.exc.OperationalError("PRAGMA", {}, Exception("database or disk is full"))
+    with refused("no such file", "give an Optuna storage URL"), storage.opening(url):
+        raise OSError(2, "no such file")

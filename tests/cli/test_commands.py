@@ -391,3 +391,10 @@ def test_configs_and_spaces_ship_with_the_package():
 def test_a_run_without_a_curve_has_one_point(finished, sidt_command):
     code, _, err = sidt_command("slice", finished, "--at", 0.5)
     assert code == 2 and "--pareto" in err and err.count("\n") == 1
+
+
+def test_a_long_value_is_not_repeated_whole(sidt_command, tmp_path):
+    config = tmp_path / "long.yaml"
+    config.write_text(f"model: {{name: vit_tiny_patch16_224}}\ndata: {{name: digits, root: [{'x' * 50_000}]}}\n")
+    code, _, err = sidt_command("train", config)
+    assert code == 2 and err.startswith(f"sidt: {config}: data.root") and len(err) < 1000 and err.count("\n") == 1
