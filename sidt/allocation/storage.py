@@ -166,7 +166,7 @@ def opening(url: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # SQLAlchemy and its drivers have errors of many roots
         reason, where = " ".join(str(error).split())[:200], repr(shown(str(url)))
-        full = any(word in reason.lower() for word in ("disk is full", "no space left"))  # SQLite's words, and the system's
+        full = any(word in reason.lower() for word in ("disk is full", "no space left"))  # SQLite, the system
         fix = "free some space" if full else "give an Optuna storage URL"
         raise InputError(f"cannot open the study storage {where}: {reason}; {fix}") from None
 
