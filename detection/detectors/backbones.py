@@ -107,7 +107,7 @@ class TimmBackbone(BaseModule):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """[B, 3, H, W] -> for each output [B, channels, H / stride, W / stride], where parts of a position count."""
         height, width = images.shape[-2:]
-        tall, wide = _whole(self.model)
+        tall, wide = _whole(self.model, images.shape[1])
         images = F.pad(images, (0, -width % wide, 0, -height % tall))
         maps = self.model.forward_intermediates(
             images, indices=list(self.out_indices), norm=self.is_plain, output_fmt="NCHW", intermediates_only=True
@@ -118,7 +118,7 @@ class TimmBackbone(BaseModule):
         return tuple(norm(features) for norm, features in zip(self.norms, maps, strict=True))
 
 
-def _whole(model: Any) -> tuple[int, int]:
+def _whole(model: Any, channels: int) -> tuple[int, int]:
     """Pixels that the sides of an image must be multiples of, which only that module knows that embeds its patches."""
     embed = getattr(getattr(getattr(model, "encoder", model), "patch_embed", None), "proj", None)
     if not isinstance(embed, nn.Conv2d):
@@ -128,7 +128,7 @@ def _whole(model: Any) -> tuple[int, int]:
         last = model.feature_info[-1]["reduction"]  # and pools pairs
         return math.lcm(height * window.shape[-2], last), math.lcm(width * window.shape[-1], last)
     # Other convolutions have padding of their own, or read a stem's maps.
-    own = embed.kernel_size == embed.stride and embed.in_channels == getattr(model, "in_chans", 3)
+    own = embed.kernel_size == embed.stride and embed.in_channels == channels
     return (height, width) if own else (1, 1)
 
 
