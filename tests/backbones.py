@@ -169,6 +169,7 @@ mvitv2.model_cfgs["small_late"] = mvitv2.MultiScaleVitCfg(**SMALL_MVIT, use_cls_
 SMALL_SWIN_CR = {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4)}
 SMALL_DAVIT = {"embed_dims": (16, 24, 32, 48), "num_heads": (2, 2, 4, 4), "depths": (1, 1, 1, 1), "window_size": 4}
 SMALL_PIT = {"img_size": 64, "base_dims": (8, 8, 8), "heads": (2, 4, 8), "depth": (1, 1, 1)}
+SMALL_SAM = {"window_size": 3, "global_attn_indexes": (1,), "init_values": 0.5}
 SMALL_HIERA = {"embed_dim": 16, "num_heads": 2, "stages": (1, 2, 1, 1)}
 SMALL_TOWER = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 4, "out_features": 32}  # of language models
 TIMM_BACKBONES = (
@@ -215,7 +216,7 @@ TIMM_BACKBONES = (
     Backbone("naflexvit_base_patch16_parfac_gap", SMALL, (3, 64, 64)),  # positions of rows and of columns
     Backbone("naflexvit_base_patch16_map", SMALL, (3, 64, 64)),  # pooled by attention
     Backbone("naflexvit_base_patch16_radio_v3", SMALL | {"init_values": 0.5}, (3, 64, 64)),
-    Backbone("samvit_base_patch16_224", VIT | SMALL | {"window_size": 3, "global_attn_indexes": (1,)}),
+    Backbone("samvit_base_patch16_224", VIT | SMALL | SMALL_SAM),
     Backbone("samvit_base_patch16", VIT | SMALL | {"neck_chans": 16, "use_rel_pos": False, "use_rope": True}),
     Backbone("hiera_tiny_224", SMALL_HIERA | {"img_size": 64}, (3, 64, 64)),
     Backbone("hiera_base_abswin_256", SMALL_HIERA | {"img_size": 64}, (3, 64, 64)),  # positions of windows

@@ -229,7 +229,7 @@ def spaces(model: str | None, file: Path | None, draft: Path | None, input_size:
     from sidt.report.text import dimensions_table
     from sidt.runs.sources import space_of
 
-    space = space_of(model)
+    space = space_of(model, image_size(input_size))
     click.echo(dimensions_table(space, shares(space)))
 
 

@@ -26,6 +26,7 @@ from sidt.space.families import Family, read_family
 from sidt.space.finding import own_family, wrapped_in
 from sidt.space.plan import DimensionPlan, load_plan
 from sidt.space.space import space_for
+from sidt.space.trace import InputSize, input_size_of
 from sidt.sparsity.packing import packed, read_packed
 from sidt.sparsity.structures import Structure
 from sidt.surgery.slicing import slice_model
@@ -56,6 +57,7 @@ def save(
     name: str | None = None,
     args: Mapping[str, Any] | None = None,
     structures: Mapping[str, Structure] | None = None,
+    input_size: InputSize | None = None,
 ) -> None:
     """Write a dense or sliced model of timm or Hugging Face to a folder, so that :func:`load` gives it back.
 
@@ -71,6 +73,8 @@ def save(
             created with, and what its ``reset_classifier`` and ``set_input_size`` changed since, as timm keeps them.
         structures: of some weights, which are then packed (:mod:`sidt.sparsity`): ``packed.safetensors`` takes the
             place of ``model.safetensors``.
+        input_size: channels, height, width of its images, of a class that does not say; default: those of the space
+            that it was sliced by.
 
     Raises:
         InputError: name and args do not rebuild the model, a weight is not of its structure, or the folder cannot be
@@ -82,11 +86,16 @@ def save(
         name, args = None, own_args(model) | dict(args or {})
     name = name or name_of(model)
     if name is None:
-        raise InputError(f"this {type(model).__name__} does not say its timm name; pass name= to save")
+        raise InputError(
+            f"this {type(model).__name__} does not say its timm name; pass name= if timm builds it; of a class of your "
+            f"own, save the plan and the weights (docs/backbone.md)"
+        )
     args = as_json(own_args(model) if args is None else args)
     state = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
     rotated = tuple(getattr(model, "sidt_rotated", ()))  # the widths whose units stand in order
-    rebuilt, plan = _rebuilt(name, args, rotated, getattr(model, "sidt_plan", None), own_family(model))
+    before = getattr(model, "sidt_plan", None)
+    size = _unsaid_size(model, input_size or (before.space.trace.input_size if before is not None else None))
+    rebuilt, plan = _rebuilt(name, args, rotated, before, own_family(model), size)
     difference = difference_of(rebuilt, state)
     if difference is None:
         weight = next(iter(state.values()))
@@ -99,6 +108,8 @@ def save(
             f"created with as args="
         )
     config: dict[str, Any] = {"model": name, "args": args}
+    if size is not None:
+        config["input_size"] = list(size)
     if rotated:
         config["rotated"] = list(rotated)
     if preparation := _preparation(model, rebuilt):
@@ -142,8 +153,26 @@ def write(
         (folder / earlier).unlink(missing_ok=True)  # of an earlier model
 
 
+def _unsaid_size(model: nn.Module, given: InputSize | None) -> InputSize | None:
+    """The image size that a checkpoint has to keep: that of a model which does not say its own."""
+    if hasattr(model, "sidt_input_size"):
+        return given or input_size_of(model)
+    try:
+        input_size_of(model)
+    except InputError:
+        if given is None:
+            raise
+        return given
+    return None
+
+
 def _rebuilt(
-    name: str, args: Mapping[str, Any], rotated: tuple[str, ...], plan: DimensionPlan | None, family: Family | None
+    name: str,
+    args: Mapping[str, Any],
+    rotated: tuple[str, ...],
+    plan: DimensionPlan | None,
+    family: Family | None,
+    size: InputSize | None,
 ) -> tuple[nn.Module, DimensionPlan]:
     """The model of a name, sliced by what a plan keeps where the dimensions are the same, and the plan on it.
 
@@ -154,6 +183,8 @@ def _rebuilt(
         dense.sidt_family = family  # type: ignore[assignment]
     if rotated:
         dense.sidt_rotated = rotated  # type: ignore[assignment]
+    if size is not None:
+        dense.sidt_input_size = size  # type: ignore[assignment]
     space = space_for(dense)
     if plan is None or space.sizes != plan.space.sizes:
         return dense, DimensionPlan(space, {})
@@ -224,6 +255,10 @@ def _built(folder: Path) -> nn.Module:
         if not isinstance(rotated, list) or not all(isinstance(name, str) for name in rotated):
             raise InputError(f"{folder / 'config.json'}: rotated is {rotated!r}"[:200] + "; write a list of dimensions")
         model.sidt_rotated = tuple(rotated)  # type: ignore[assignment]
+    if (size := config.get("input_size")) is not None:
+        if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+            raise InputError(f"{folder / 'config.json'}: input_size is {size!r}"[:200] + "; write [3, height, width]")
+        model.sidt_input_size = tuple(size)  # type: ignore[assignment]
     says = _preparation_in(config, str(folder / "config.json"))
     model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **says}  # type: ignore
     plan = load_plan(folder / "plan.json", space_for(model))

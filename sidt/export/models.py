@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
+from timm.layers.helpers import to_2tuple
 from timm.models import get_model_args, get_pretrained_cfg, resolve_model_input_args
 from timm.models import save_for_hf as save_as_timm
 from torch import nn
@@ -64,7 +65,7 @@ def create_model(
 def _saying_its_size(model: nn.Module, args: Mapping[str, Any]) -> nn.Module:
     """A model that was built for a size which its class keeps nowhere, as Hiera's, says it as those that do."""
     if args.get("img_size") and not any(hasattr(m, "img_size") for m in (model, getattr(model, "patch_embed", None))):
-        model.img_size = args["img_size"]
+        model.img_size = to_2tuple(args["img_size"])
     return model
 
 

@@ -15,9 +15,9 @@ from sidt.cost.complexity import measure, report, shares
 from sidt.errors import InputError
 from sidt.export.models import create_model
 from sidt.report.text import dimensions_table
-from sidt.space.axes import kept_indices
+from sidt.space.axes import kept_indices, names
 from sidt.space.binding import get_attribute
-from sidt.space.families import INNER_KINDS, KINDS, Family, Kind, Line
+from sidt.space.families import INNER_KINDS, KINDS, Family, Kind, Line, match_line
 from sidt.space.finding import family_of
 from sidt.space.outputs import tensors_of
 from sidt.space.plan import DimensionPlan
@@ -49,8 +49,12 @@ def check_file(source: str, file: Path, input_size: InputSize | None = None) -> 
     for name in family.models:
         _import(name, file)
     space = space_for(model, input_size, file=file)
-    check_masked(model, half_of(space, INNER_KINDS))
-    check_counted(model, half_of(space, KINDS))
+    twin = moved(model)
+    try:
+        check_masked(twin, half_of(space, INNER_KINDS))
+        check_counted(twin, half_of(space, KINDS))
+    except InputError as error:
+        raise InputError(f"{file}: {error}{_first_wrong(twin, space, family)}") from None
     unused = list(unused_lines(family, model))
     says = [f"lines that this model has nothing for: {', '.join(unused)}"] if unused else []
     checked = (
@@ -70,8 +74,9 @@ def built(source: str, input_size: InputSize | None) -> nn.Module:
     module, _, function = source.partition(":")
     try:
         model = getattr(import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot build a model by {source}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a function of somebody's own ends in
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"cannot build a model by {source}: {reason}") from None
     if not isinstance(model, nn.Module):
         raise InputError(f"{source} gives {type(model).__name__}; it must give a model")
     return model
@@ -90,18 +95,48 @@ def _import(name: str, file: Path) -> None:
 # --- slices ----------------------------------------------------------------------------------------------------------
 
 
-def half_of(space: DimensionSpace, kinds: tuple[Kind, ...], seed: int = 0) -> DimensionPlan:
-    """A random plan that keeps about half of every dimension of some kinds; of v more than of q and k."""
+def _first_wrong(model: nn.Module, space: DimensionSpace, family: Family) -> str:
+    """The first dimension that is wrong by itself, and its lines; nothing if only several are."""
+    for name, dimension in space.dimensions.items():
+        plan = half_of(space, INNER_KINDS, only=name)
+        try:
+            if plan.keep.get(name) is None or dimension.kind not in INNER_KINDS or dimension.fixed:
+                continue
+            check_masked(model, plan)
+            check_counted(model, plan)
+        except InputError:
+            tensors = [t for t, place in space.places.items() if any(name in names(axis) for axis in place.axes)]
+            found = [match_line(family, family.parameters, tensor) for tensor in tensors]
+            lines = dict.fromkeys(line.template for line, _ in filter(None, found))
+            return f"; {name} is wrong by itself, which is in {', '.join(list(lines)[:6])}"
+    return ""
+
+
+def half_of(space: DimensionSpace, kinds: tuple[Kind, ...], seed: int = 0, *, only: str | None = None) -> DimensionPlan:
+    """A random plan that keeps about half of every dimension of some kinds, or of one; of v more than of q and k."""
     rng = np.random.default_rng(seed)
     keep: dict[str, Any] = {}
     for name, dimension in space.dimensions.items():
-        if dimension.fixed or dimension.kind not in kinds or not dimension.size:
+        if dimension.fixed or dimension.kind not in kinds or not dimension.size or only not in (None, name):
             continue
         count = max(1, dimension.size * 3 // 4 if dimension.kind == "v" else dimension.size // 2)
         parents = None if dimension.per is None else len(keep.get(dimension.per, range(space.sizes[dimension.per])))
         rows = [np.sort(rng.permutation(dimension.size)[:count]) for _ in range(1 if parents is None else parents)]
         keep[name] = rows[0] if parents is None else np.array(rows).reshape(len(rows), count)
     return DimensionPlan(space, keep)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A copy with every parameter off its trivial start."""
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.2 / max(parameter[0].numel(), 1) ** 0.5, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.0, generator=generator)
+    return twin
 
 
 @torch.no_grad()

@@ -1,11 +1,9 @@
 """Drafting a search-space file for a model, checked before anyone uses it."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import nn
 
 from sidt.cost.complexity import shares
@@ -13,7 +11,7 @@ from sidt.drafting.draft import Draft, drafts
 from sidt.errors import InputError
 from sidt.files import write_text
 from sidt.report.text import dimensions_table
-from sidt.runs.checking import built, check_counted, check_masked, check_permuted, half_of
+from sidt.runs.checking import built, check_counted, check_masked, check_permuted, half_of, moved
 from sidt.space.families import INNER_KINDS, KINDS
 from sidt.space.space import DimensionSpace, space_for
 from sidt.space.trace import InputSize
@@ -76,14 +74,14 @@ def drafted_for(model: nn.Module, file: Path, input_size: InputSize | None = Non
     Raises:
         InputError: no draft can be made.
     """
-    moved, first, why = _moved(model), None, ""
+    twin, first, why = moved(model), None, ""
     with TemporaryDirectory() as folder:  # what has not passed stands nowhere under the name that was asked for
         trial = Path(folder) / file.name
         for one in drafts(model, input_size):
             first = first or one
             trial.write_text(one.text, encoding="utf-8")
             try:
-                space = _checked(moved, trial, input_size)
+                space = _checked(twin, trial, input_size)
             except InputError as error:
                 why = why or " ".join(str(error).split()).replace(str(trial), str(file))
             else:
@@ -113,19 +111,6 @@ def _checked(model: nn.Module, file: Path, input_size: InputSize | None) -> Dime
     except Exception as error:  # whatever a slice of a wrong draft may end in
         raise InputError(f"a slice of {space.model} ends in {type(error).__name__}: {error}") from None
     return space
-
-
-def _moved(model: nn.Module) -> nn.Module:
-    """A copy with every parameter off its trivial start."""
-    twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.2 / max(parameter[0].numel(), 1) ** 0.5, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.0, generator=generator)
-    return twin
 
 
 def _commented(one: Draft, why: str, passed: bool) -> str:

@@ -53,15 +53,15 @@ def latency_of(source: str, plan: Path | None, input_size: InputSize | None, sty
     return latency_text(rows, whereabouts(model, space, 1), style)
 
 
-def space_of(name: str) -> DimensionSpace:
-    """The space of a timm model; whether its widths can be rotated is said of what :func:`sidt.align` makes of it.
+def space_of(source: str, input_size: InputSize | None = None) -> DimensionSpace:
+    """The space of a model; whether its widths can be rotated is said of what :func:`sidt.align` makes of it.
 
     Raises:
-        InputError: timm has no such model, or it has no space.
+        InputError: the source names no model, it does not take the input size, or it has no space.
     """
+    model, _, input_size = _named(source, None, input_size, _SHAPES)
     with torch.device(_SHAPES):
-        model = create_model(name, {})
-        space = space_for(model)
+        space = space_for(model, input_size)
         return replace(space, streams=with_head(model, space)[1].streams)
 
 

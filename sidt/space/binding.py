@@ -87,10 +87,13 @@ class Binder:
                 f"not {len(rule.variables)}"
             )
         last = self.last.get(factor.name, 0)
-        index = tuple(
-            self.staged(variable, e, axes.evaluate_index(e, variables, last))
-            for variable, e in zip(rule.variables, expressions, strict=True)
-        )
+        try:
+            index = tuple(
+                self.staged(variable, e, axes.evaluate_index(e, variables, last))
+                for variable, e in zip(rule.variables, expressions, strict=True)
+            )
+        except InputError as error:
+            raise InputError(f"{self.family.file.name}: {where}: {error}") from None
         if min(index, default=0) < 0:
             return _BEFORE_THE_FIRST
         name = ".".join([factor.name, *map(str, index)])

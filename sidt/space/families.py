@@ -109,12 +109,26 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _compile(template: str) -> re.Pattern[str]:
+    """The pattern of the names that a template stands for.
+
+    Raises:
+        InputError: an index is in it twice.
+    """
+    indices = re.findall(r"\{([a-z])\}", template)
+    if len(indices) > len(set(indices)):
+        raise InputError(f"{template} has an index twice; write another letter")
     pattern = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>\\d+)", re.escape(template))
     return re.compile(pattern)
 
 
-def _lines(tree: Mapping[str, Any]) -> tuple[Line, ...]:
-    return tuple(Line(key, text, _compile(key), axes.parse_line(text)) for key, text in _flatten(tree))
+def _lines(tree: Mapping[str, Any], file: Path) -> tuple[Line, ...]:
+    lines = []
+    for key, text in _flatten(tree):
+        try:
+            lines.append(Line(key, text, _compile(key), axes.parse_line(text)))
+        except InputError as error:
+            raise InputError(f"{file}: {key}: {error}") from None
+    return tuple(lines)
 
 
 def _axis_rule(name: str, text: str, file: Path) -> tuple[str, AxisRule]:
@@ -155,20 +169,23 @@ def read_family(file: Path) -> Family:
         if not isinstance(content, shape):
             raise InputError(f"the search space {file} has {section} {content!r}, which is not {kinds[shape]}")
     rules = dict(_axis_rule(str(name), str(text), file) for name, text in tree["axes"].items())
-    attributes = _lines(tree.get("attributes", {}))
+    attributes = _lines(tree.get("attributes", {}), file)
+    if long := [line for line in attributes if any(len(own) != 1 for own in line.alternatives)]:
+        raise InputError(f"{file}: {long[0].template}: an attribute is one number, and {long[0].text!r} has more axes")
     forwards = tree.get("forwards", "sidt.surgery.attention")
-    norms, scales = (_followers(tree.get(section, {})) for section in ("norms", "scales"))
-    parameters = _lines(tree["parameters"])
+    norms, scales = (_followers(tree.get(section, {}), section, file) for section in ("norms", "scales"))
+    parameters = _lines(tree["parameters"], file)
     padded, tied, whole = (tuple(map(str, tree.get(section, ()))) for section in lists)
     models = tuple(map(str, tree["models"]))
-    pairs = _followers(tree.get("pairs", {}))
+    pairs = _followers(tree.get("pairs", {}), "pairs", file)
     for name, paths in pairs.items():
         if name not in rules or rules[name].kind != "qk" or not paths or len(paths) % 2:
             raise InputError(
                 f"{file}: pairs has {name}: {', '.join(paths)}; write an axis of kind qk, and what there is in models "
                 f"where its units are pairs, and the attribute that is true where these are halves of a head"
             )
-    stages = {str(name): _compile(str(template)) for name, template in tree.get("stages", {}).items()}
+    begins = _followers(tree.get("stages", {}), "stages", file)
+    stages = {name: _compile(", ".join(templates)) for name, templates in begins.items()}
     for name, pattern in stages.items():
         if len(pattern.groupindex) != 1:
             raise InputError(f"{file}: stages has {name}: {pattern.pattern}; write a tensor with one index, as {{i}}")
@@ -178,8 +195,30 @@ def read_family(file: Path) -> Family:
     )
 
 
-def _followers(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(name.strip() for name in text.split(",")) for key, text in _flatten(tree)}
+def _followers(tree: Mapping[str, Any], section: str, file: Path) -> dict[str, tuple[str, ...]]:
+    """Names, each with those that it leads to, which have no indices but its own.
+
+    Raises:
+        InputError: they have, or a name cannot be read.
+    """
+    found = {}
+    for key, text in _flatten(tree):
+        found[key] = tuple(name.strip() for name in text.split(","))
+        if "[" in text or (section in ("norms", "scales") and not _indices(text) <= _indices(key)):
+            raise InputError(
+                f"{file}: {section}: {key}: cannot read {text!r}; write names, separated by commas, with no indices "
+                f"but those of {key}"
+            )
+        try:
+            for name in (key, *found[key]):
+                _compile(name)
+        except InputError as error:
+            raise InputError(f"{file}: {section}: {key}: {error}") from None
+    return found
+
+
+def _indices(template: str) -> set[str]:
+    return set(re.findall(r"\{([^{}]*)\}", template))
 
 
 def instances(templates: Mapping[str, tuple[str, ...]], name: str) -> tuple[str, ...] | None:

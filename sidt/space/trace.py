@@ -61,6 +61,8 @@ def input_size_of(model: nn.Module) -> InputSize:
     Raises:
         InputError: the model does not say; the caller must give it.
     """
+    if (kept := getattr(model, "sidt_input_size", None)) is not None:  # of a checkpoint whose class does not say
+        return kept  # type: ignore[no-any-return]
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels = getattr(model, "in_chans", None) or cfg.get("input_size", (3,))[0]
     saying = (getattr(model, "patch_embed", None), model)

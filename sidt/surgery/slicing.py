@@ -35,7 +35,7 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
     """
     space = plan.space
     _check_fits(model, space)
-    library = _library(space.forwards)
+    library = _library(space.forwards, space)
     sliced = copy.deepcopy(model)
     for name, place in space.places.items():
         owner, _, leaf = name.rpartition(".")
@@ -97,7 +97,7 @@ def explicit(model: Model, space: DimensionSpace) -> Model:
 
     Torch's MultiheadAttention hides its layers; the forwards for sliced sizes do not.
     """
-    library, twin = _library(space.forwards), copy.deepcopy(model)
+    library, twin = _library(space.forwards, space), copy.deepcopy(model)
     twin.eval()
     for owner in space.attention.values():
         module = twin.get_submodule(owner)
@@ -175,15 +175,18 @@ def is_bilinear(attention: nn.Module, forwards: str) -> bool:
     return bool(own) and all(forward.bilinear for forward in own)
 
 
-def _library(forwards: str) -> Any:
+def _library(forwards: str, space: DimensionSpace | None = None) -> Any:
     """The module that has the forwards of a family's sublayers."""
     try:
         library = importlib.import_module(forwards)
-        library.FORWARDS  # noqa: B018
-    except (ImportError, AttributeError) as error:
+        if not all(isinstance(forward.sliced, type) for forward in dict(library.FORWARDS).values()):
+            raise TypeError(f"the FORWARDS of {forwards} are not of sidt.surgery.attention.Forward")
+    except Exception as error:  # whatever a module of somebody's own ends in
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        file = "of the search space" if space is None else f"of {space.own.file if space.own else space.family}"
         raise InputError(
-            f"cannot read the attention forwards: {' '.join(str(error).split())}; the section forwards of the search "
-            f"space says {forwards!r}, and must name a module with FORWARDS"
+            f"cannot read the attention forwards: {reason}; the section forwards {file} says {forwards!r}, and must "
+            f"name a module with FORWARDS"
         ) from None
     return library
 

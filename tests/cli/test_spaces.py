@@ -143,7 +143,15 @@ def test_a_file_of_timms_is_checked(mine, sidt_command):
         ("  fc1.weight: hidden, _\n  fc1.bias: hidden\n", "", ["fc1.weight", "and 1 more: fc1.bias"]),
         ("home_made.Net]", "home_made.Nets]", ["home_made.Nets", "home_made.Net", "models"]),
         ("home_made.Net]", "home_made.Net, nowhere.at.All]", ["nowhere.at.All", "cannot be imported"]),
-        ("home_made.Net]", "home_made.Net]\nforwards: home_made", ["forwards", "home_made", "FORWARDS"]),
+        ("home_made.Net]", "home_made.Net]\nforwards: home_made", ["forwards", "home_made.yaml", "FORWARDS"]),
+        ("home_made.Net]", "home_made.Net]\nforwards: .here", ["forwards", "home_made.yaml", "TypeError"]),
+        ("fc1.bias: hidden", "fc1.bias: hidden ++ hidden", ["home_made.yaml: fc1.bias: empty axis"]),
+        ("fc1.bias: hidden", "fc1.bias: hidden.{i}", ["home_made.yaml", "fc1.bias", "indices"]),
+        ("{hidden: mlp}", '{"hidden.{i}": mlp}', ["home_made.yaml: fc1.weight: ", "a variable its line does not have"]),
+        ("fc3.weight: _", "blocks.{i}.{i}.weight: _", ["home_made.yaml: blocks.{i}.{i}.weight", "twice"]),
+        ("fc4.width: hidden", 'fc4.width: "hidden, _"', ["home_made.yaml: fc4.width", "one number"]),
+        ("norm: fc1", "norm: 'fc{i}'", ["home_made.yaml: norms: norm", "fc{i}", "no indices"]),
+        ("norm: fc1", "norm: [fc1]", ["home_made.yaml: norms: norm", "separated by commas"]),
     ],
 )
 def test_what_is_wrong_with_a_file(old, new, says, home_made, mistake):
@@ -154,15 +162,31 @@ def test_what_is_wrong_with_a_file(old, new, says, home_made, mistake):
 def test_a_file_whose_slices_are_wrong(home_made, mistake):
     """Units that are seen by another: the mask and the slice are not the same."""
     file = home_made(forward="x.flatten(1)).softmax(1")
-    mistake("spaces", "home_made:small", "--file", file, "--input", "3x2x2", says=["home_made", "Net", "differ"])
+    says = [str(file), "Net", "differ", "hidden is wrong by itself", "fc1.weight, fc1.bias, fc2.weight"]
+    mistake("spaces", "home_made:small", "--file", file, "--input", "3x2x2", says=says)
     file = home_made(forward="x.flatten(1)).view(-1, 6").with_suffix(".yaml")
     mistake("spaces", "home_made:small", "--file", file, "--input", "3x2x2", says=["does not run", "of its own"])
 
 
-def test_mistakes_of_models(home_made, mistake):
+def test_lines_that_fresh_weights_would_hide(mine, mistake):
+    """timm begins with biases of zero, whatever their order is."""
+    right = "attn.qkv.bias: heads qk + heads qk + heads v"
+    assert right in mine.read_text()
+    mine.write_text(mine.read_text().replace(right, "attn.qkv.bias: heads v + heads qk + heads qk"))
+    mistake("spaces", MODEL, "--file", mine, "--input", "3x32x32", says=["mine.yaml", "attn.qkv.bias"])
+
+
+def test_a_package_that_is_not_there(home_made, mistake):
+    file = home_made(SPACE.replace("home_made.Net", "nowhere.Net"))
+    mistake("spaces", "--space", file, says=["home_made.yaml", "nowhere.Net", "no package nowhere"])
+
+
+def test_mistakes_of_models(home_made, mistake, tmp_path):
     mistake("spaces", "--file", home_made(), says=["MODEL", "home_made.yaml"])
     mistake("spaces", "home_made:large", "--file", home_made(), says=["home_made:large"])
     mistake("spaces", "nowhere:large", "--file", home_made(), says=["nowhere"])
+    (tmp_path / "fails.py").write_text("def small():\n    raise RuntimeError('no luck')\n")
+    mistake("spaces", "fails:small", "--file", home_made(), says=["fails:small", "RuntimeError: no luck"])
     mistake("spaces", "home_made:nn.Linear", "--file", home_made(), says=["home_made:nn.Linear"])
 
 

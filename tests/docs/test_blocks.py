@@ -21,7 +21,7 @@ from test_imports import ROOT
 from sidt.cli.commands import cli
 
 EXTRAS = {"own_detector.md": "mmdet", "detection.md": "mmdet", "huggingface.md": "transformers"}
-OTHERS = ("python3 -m pip", "pip", "hf auth", "optuna-dashboard", ".uv/bin/uv", ".ci/", "globox")
+OTHERS = ("python3 -m pip", "pip", "git clone", "hf auth", "optuna-dashboard", ".uv/bin/uv", ".ci/", "globox")
 SHORTER = {  # options that make a long command short; of those that are given twice the last counts
     "sidt demo": "--set train.epochs=1 --set search.trials=2 --set finetune.epochs=1 --set score.images=64",
     "sidt detect digits my_data": "--train 40 --val 10",

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from backbones import TRANSFORMERS_BACKBONES, dense, random_plan, sublayers
+from backbones import SMALL_DETR, SMALL_HF_RESNET, TRANSFORMERS_BACKBONES, Backbone, dense, random_plan, sublayers
 from torch import nn
 
 import sidt
 from sidt.export.models import create_model
+from sidt.runs.sources import space_of
 from sidt.space.outputs import classes_of, heads_of, tensors_of
 from sidt.space.trace import input_size_of
 from sidt.surgery.slicing import slice_model
@@ -64,6 +65,31 @@ def test_a_model_without_its_pooling_comes_back(tmp_path):
     assert same(sidt.load(tmp_path), model, TOKENS.images())
     model.save_pretrained(tmp_path / "theirs")
     assert create_model(f"hf:{tmp_path / 'theirs'}", {}, pretrained=True).pooler is None
+
+
+def test_a_detector_that_does_not_say_its_image_size(tmp_path, refused):
+    """As DETR's published configs are: a checkpoint keeps the size that its space is of, or that is given."""
+    unsaid = {key: value for key, value in SMALL_HF_RESNET.items() if key != "image_size"}
+    kwargs = SMALL_DETR | {"backbone_config": unsaid}
+    model = Backbone("DetrForObjectDetection", kwargs, source="transformers").build()
+    with refused("does not say its image size", "input_size"):
+        sidt.save(model, tmp_path / "none")
+    small = slice_model(model, random_plan(sidt.space_for(model, (3, 64, 64)), 0))
+    images = torch.randn(1, 3, 64, 64)
+    for saved, size in ((small, None), (model, (3, 96, 64))):
+        sidt.save(saved, tmp_path / "kept", input_size=size)
+        again = sidt.load(tmp_path / "kept")
+        assert same(again, saved.eval(), images)
+        assert input_size_of(again) == (size or (3, 64, 64))
+        sidt.save(again, tmp_path / "again")  # which says it now
+        assert input_size_of(sidt.load(tmp_path / "again")) == (size or (3, 64, 64))
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    (tmp_path / "again" / "config.json").write_text(json.dumps(config | {"input_size": [3, "64"]}))
+    with refused("config.json", "input_size", "[3, height, width]"):
+        sidt.load(tmp_path / "again")
+    model.save_pretrained(tmp_path / "theirs")
+    assert space_of(f"hf:{tmp_path / 'theirs'}", (3, 64, 64)).trace.input_size == (3, 64, 64)
+    assert space_of(str(tmp_path / "kept")).trace.input_size == (3, 96, 64)
 
 
 def test_classes_sizes_and_preparation(folder):

@@ -11,7 +11,8 @@ from torch import nn
 
 import sidt
 from sidt.export.comparison import difference_between
-from sidt.export.models import name_of
+from sidt.export.models import create_model, name_of
+from sidt.space.trace import input_size_of
 from sidt.surgery.slicing import slice_model
 
 NAME = "vit_tiny_patch16_224"
@@ -163,7 +164,6 @@ def test_the_name_has_the_tag_where_it_is_not_the_usual_one():
 
 
 def test_timms_own_names_on_the_hub(tmp_path, refused):
-    from sidt.export.models import create_model
 
     model = create_model(f"timm/{NAME}.augreg_in21k", TINY)
     assert (model.num_classes, model.pretrained_cfg["tag"]) == (10, "augreg_in21k")
@@ -197,3 +197,11 @@ def test_a_wrapped_model_is_named_as_one(path, tmp_path, refused):
 def test_a_model_without_a_space_is_not_called_wrapped(refused):
     with refused("no search space", "search_spaces/"):
         sidt.space_for(nn.DataParallel(nn.Linear(2, 2)))
+
+
+def test_a_size_that_the_class_keeps_nowhere(tmp_path):
+    """Hiera's: timm keeps what it was created with as two numbers."""
+    for size in (64, (64, 64)):
+        args = {"img_size": size, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}
+        sidt.save(create_model("hiera_tiny_224", args), tmp_path)
+        assert input_size_of(sidt.load(tmp_path)) == (3, 64, 64)
