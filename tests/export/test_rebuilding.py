@@ -164,7 +164,6 @@ def test_the_name_has_the_tag_where_it_is_not_the_usual_one():
 
 
 def test_timms_own_names_on_the_hub(tmp_path, refused):
-
     model = create_model(f"timm/{NAME}.augreg_in21k", TINY)
     assert (model.num_classes, model.pretrained_cfg["tag"]) == (10, "augreg_in21k")
     sidt.save(model, tmp_path, name=f"timm/{NAME}.augreg_in21k", args=TINY)
