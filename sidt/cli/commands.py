@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,11 @@ def env() -> None:
     click.echo(table(["", "here"], environment_rows()))
 
 
+def _absent(name: str) -> str:
+    package = name.partition(".")[0]
+    return "" if package in sys.modules or find_spec(package) else f" (there is no package {package} here)"
+
+
 @cli.command()
 @click.argument("model", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Check this search-space file on the MODEL.")
@@ -214,7 +220,7 @@ def spaces(model: str | None, file: Path | None, draft: Path | None, input_size:
         from sidt.space.finding import families, own_families
 
         rows = [
-            [f.file.stem if f in families() else str(f.file), n, ", ".join(f.kinds)]
+            [f.file.stem if f in families() else str(f.file), n, ", ".join(f.kinds) + _absent(n)]
             for f in [*own_families(), *families()]
             for n in f.models
         ]

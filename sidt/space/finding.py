@@ -7,13 +7,11 @@ find them too. An installed package offers the files of one of its packages by a
 """
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import resources
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,18 +73,10 @@ def use_spaces(*places: str | Path) -> None:
     """Search some files, or folders of files, too: in this process, and in those that it starts from now on.
 
     Raises:
-        InputError: one cannot be read, two are for one class, or a file is for a class of a package that is not there.
+        InputError: one cannot be read, or two are for one class.
     """
     wanted = dict.fromkeys([*(Path(place).absolute() for place in places), *search_path()])
     _by_class(_in(wanted))
-    for family in _in(place for place in map(Path, places) if place.is_file()):
-        for name in family.models:
-            package = name.partition(".")[0]
-            if package not in sys.modules and find_spec(package) is None:
-                raise InputError(
-                    f"{family.file} is for {name}, and there is no package {package}; install it, or write "
-                    f"module.Class as Python imports it"
-                )
     if wanted:
         os.environ[SPACES] = os.pathsep.join(map(str, wanted))
 
