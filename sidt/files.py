@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -47,9 +48,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def saying_full(folder: Path) -> Iterator[None]:
     """While the block runs, where what others write to a folder finds no room, one line says it.
 
+    A log that finds none is silent: Python's own would print a traceback for each of its lines.
+
     Raises:
         InputError: the disk is full, or cannot be written.
     """
+    loud, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
     except OSError as error:
@@ -62,6 +66,8 @@ def saying_full(folder: Path) -> Iterator[None]:
         reason = "a file was cut short"
     else:
         return
+    finally:
+        logging.raiseExceptions = loud
     raise InputError(f"cannot write {folder}: {reason}; free some space or choose another folder")
 
 

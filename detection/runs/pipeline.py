@@ -346,4 +346,4 @@ def _scores(
     note.unlink(missing_ok=True)  # between the two files, neither counts
     scores.save(path)
     write_json(note, made_of)
-    return scores
+    return load_importance(path, space)

@@ -333,7 +333,7 @@ def _name(model: nn.Module, importance: Importance, budget: Budget, rules: Rules
     bounds = {} if pareto else asdict(budget)  # the curve is the same for all budgets
     made_of = [weights_digest(model), importance.space.sizes, bounds, asdict(rules), pareto, label]
     digest = hashlib.sha256(json.dumps(made_of).encode())
-    for scores in importance.scores.values():
+    for _, scores in sorted(importance.scores.items()):  # files have them in this order
         digest.update(np.ascontiguousarray(scores).tobytes())
     return f"sidt-{digest.hexdigest()[:12]}"
 

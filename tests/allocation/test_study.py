@@ -47,6 +47,18 @@ def test_first_trial_is_the_plain_ranking_and_the_best_is_at_least_that():
     assert result.plan.sizes["hidden.1"] / 768 == result.value
 
 
+def test_scores_read_from_a_file_go_on_with_the_study_of_those_that_were_measured(tmp_path):
+    model, measured = scores()
+    measured.save(tmp_path / "scores.safetensors")
+    read = importance.load_importance(tmp_path / "scores.safetensors", measured.space)
+    backwards = importance.Importance(measured.space, dict(reversed(measured.scores.items())))
+    names = {
+        search(model, found, BUDGET, hidden(1), trials=1, progress=False).study.study_name
+        for found in (measured, read, backwards)
+    }
+    assert len(names) == 1
+
+
 @pytest.mark.parametrize("backbone", [VIT_TINY, SWIN], ids=str)
 def test_every_trial_meets_the_budget(backbone):
     model, found = scores(backbone)

@@ -1,5 +1,6 @@
 """Which checkpoint a training goes on from, after a kill while one was written; and what is said of a full disk."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_damage_that_no_kill_explains_is_said(folder, refused):
 def test_a_full_disk_is_said_where_others_write(write, refused):
     with refused("cannot write", "/runs/here", "free some space"), saying_full(Path("/runs/here")):
         write(Path("/dev/full"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's device that is always full")
+def test_a_log_that_finds_no_room_prints_no_traceback(capsys):
+    log = logging.getLogger("of a full disk")
+    log.addHandler(logging.FileHandler("/dev/full"))
+    with saying_full(Path("/runs/here")):
+        log.warning("nobody reads this")
+    assert not capsys.readouterr().err and logging.raiseExceptions
+    log.handlers.clear()
 
 
 def test_other_errors_stay_what_they_are():
