@@ -136,6 +136,8 @@ def _result(run: DetectionRun) -> Path:
 def _check(asked: CompressConfig, path: Path) -> None:
     """Refuse what is for classifiers alone."""
     given = {
+        "align": asked.align,
+        "reach.by: surgeon": asked.reach.by == "surgeon",
         "survey": asked.survey is not None,
         "purify": asked.purify is not None,
         "unused": asked.unused,

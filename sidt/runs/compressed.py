@@ -17,6 +17,7 @@ from sidt.report.text import percent, quality
 from sidt.runs.compressing import (
     Compression,
     Say,
+    aligned,
     cut,
     finetune,
     opened,
@@ -50,6 +51,8 @@ def compress(run: Run, path: Path, *, dense: bool = False, say: Say = print) -> 
     at = opened(run, path, dense=dense, say=say)
     say(_cost(at))
     _judge(at, "before", at.before)
+    if at.config.align:
+        aligned(at)
     survey(at)
     reach(at)
     cut(at)
@@ -69,7 +72,7 @@ def _cost(at: Compression) -> str:
     reach, images = at.config.reach, len(data_of(at.run.config.data).train)
     epochs = {
         "survey": at.config.survey.train.epochs if at.config.survey else 0,
-        reach.by: 0 if reach.by == "projection" else reach.train.epochs * (reach.rounds if reach.by == "admm" else 1),
+        reach.by: reach.train.epochs * (reach.rounds if reach.by == "admm" else 1) if reach.trains else 0,
         "finetune": at.config.finetune.epochs if at.config.finetune else 0,
     }
     each = min(images, at.config.images or images)

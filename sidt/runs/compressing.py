@@ -2,7 +2,7 @@
 
 ::
 
-    the run's result (or its dense model) -> survey (on a copy) -> reach: trained towards the structures -> cut
+    the run's result (or its dense model) -> align -> survey (on a copy) -> reach: trained towards the structures -> cut
     -> purify: nearly empty units made zero -> unused: what is dead sliced away -> finetune: trained under the masks
     -> compressed/NAME/: config.json, plan.json, packed.safetensors; compressed.json, report.md, structure.png
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
 from sidt.importance.criteria import taylor
+from sidt.importance.unlabelled import own_outputs
 from sidt.report.kept import devices_of
 from sidt.runs.exports import result_of
 from sidt.runs.folder import Run, dense_model
@@ -40,8 +41,11 @@ from sidt.sparsity.purification import purify
 from sidt.sparsity.reaching import penalty_of
 from sidt.sparsity.refitting import input_moments, input_scale, refit
 from sidt.sparsity.structures import Structure
+from sidt.sparsity.surgeon import check_surgeon, output_fisher, surgeon_masks
 from sidt.sparsity.units import unit_norms, zero_units
 from sidt.sparsity.unused import remove_unused
+from sidt.surgery.alignment import align
+from sidt.surgery.moments import measure_moments
 from sidt.training.batches import make_loader
 from sidt.training.digest import weights_digest
 from sidt.training.distillation import TeacherConfig, distillation_loss
@@ -92,15 +96,24 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
     space = space_of(run.config, before)
     structures = structures_of(before, config.structures, space)
     devices_of(config, path.parent)
+    if config.reach.by == "surgeon":
+        check_surgeon(before, structures)
+    elif config.reach.trains and config.reach.by != "admm":
+        penalty_of(before, config.reach, structures, space)
     if config.engine == "block-sparse":
         block_sparse(before, structures)
-    if config.reach.by not in ("projection", "admm"):
-        penalty_of(before, config.reach, structures, space)
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
     return Compression(run, path, config, folder, before, copy.deepcopy(before), space, say, structures)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def aligned(at: Compression) -> None:
+    """Put the model into the basis in which few units carry nearly all; it computes the same."""
+    moments = measure_moments(at.model, tqdm(_calibration(at), desc="inputs"), space=at.space)
+    at.model, _ = align(at.model, moments)
+    at.space = space_of(at.run.config, at.model)
 
 
 def survey(at: Compression) -> None:
@@ -126,7 +139,7 @@ def reach(at: Compression) -> None:
 
         options: dict[str, Any] = {"rounds": config.rounds, "rho": config.rho, "growth": config.growth}
         train_by_admm(at.model, at.structures, train, **options, file=file, say=at.say)
-    elif config.by != "projection":
+    elif config.trains:
         penalty = penalty_of(at.model, config, at.structures, at.space)
         _train(at, at.model, config.train, "reach", penalty, config)
 
@@ -141,12 +154,13 @@ def cut(at: Compression) -> None:
     weights, moments = weights_of(at.model, at.structures), dict[str, Tensor]()
     if at.config.repair and any(structure.patterns for structure in at.structures.values()):
         moments = input_moments(at.model, at.structures, tqdm(_calibration(at), desc="inputs"))
-    masks = {}
-    for name, weight in weights.items():
-        counts = (
-            input_scale(moments[name]).to(weight) if name in moments and at.config.reach.by == "projection" else 1.0
-        )
-        masks[name] = at.structures[name].mask(weight * counts)
+    if at.config.reach.by == "surgeon":
+        loss = own_outputs(features=gives_features(at.before), seed=at.run.config.seed)
+        fisher = output_fisher(at.model, at.structures, tqdm(_calibration(at), desc="gradients"), loss)
+        masks = surgeon_masks(at.model, at.structures, moments, fisher)
+    else:
+        seen = {} if at.config.reach.trains else {name: input_scale(m).to(weights[name]) for name, m in moments.items()}
+        masks = {n: at.structures[n].mask(weight * seen.get(n, 1.0)) for n, weight in weights.items()}
     refit(at.model, masks, moments)
 
 

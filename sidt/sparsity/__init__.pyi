@@ -20,8 +20,12 @@ from .penalties import clipped as clipped
 from .penalties import group_lasso as group_lasso
 from .penalties import hoyer_square as hoyer_square
 from .purification import purify as purify
+from .refitting import input_moments as input_moments
+from .refitting import refit as refit
 from .reordering import reorder as reorder
 from .structures import Structure as Structure
+from .surgeon import output_fisher as output_fisher
+from .surgeon import surgeon_masks as surgeon_masks
 from .tiles import Tiles as Tiles
 from .units import unit_norms as unit_norms
 from .unused import fold_constants as fold_constants

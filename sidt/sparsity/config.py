@@ -39,8 +39,9 @@ class ReachConfig(_Strict):
     """How a model gets near its structures before it is projected onto them.
 
     Attributes:
-        by: ``projection`` does not train; ``admm``; or a penalty on the norms of groups: group lasso, Structured Hoyer
-            Square, or lasso clipped at a threshold that adapts itself.
+        by: ``projection`` does not train, nor does ``surgeon``, which leaves out the tiles that a refit makes up for
+            best (Optimal Brain Surgeon), of all weights of a structure together; ``admm``; or a penalty on the norms of
+            groups: group lasso, Structured Hoyer Square, or lasso clipped at a threshold that adapts itself.
         groups: whose norms the penalty is of: the first pattern's groups of every structure, or the units of the space.
         strength: of the penalty.
         eta: what is clipped: norms above eta times their mean.
@@ -51,7 +52,7 @@ class ReachConfig(_Strict):
         train: how; the defaults are those of a short training of a trained model.
     """
 
-    by: Literal["projection", "admm", "lasso", "hoyer", "clipped"] = "projection"
+    by: Literal["projection", "surgeon", "admm", "lasso", "hoyer", "clipped"] = "projection"
     groups: Literal["structures", "units"] = "structures"
     strength: float = Field(default=1e-4, gt=0)
     eta: float = Field(default=1.0, gt=0)
@@ -66,6 +67,11 @@ class ReachConfig(_Strict):
         if self.groups == "units" and self.by not in ("lasso", "hoyer", "clipped"):
             raise ValueError(f"by is {self.by!r}, and units are reached by a penalty: lasso, hoyer or clipped")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is trained towards its structures."""
+        return self.by not in ("projection", "surgeon")
 
 
 class SurveyConfig(_Strict):
@@ -99,6 +105,8 @@ class CompressConfig(_Strict):
 
     Attributes:
         structures: for layers; of several that match a weight the first counts.
+        align: whether the model is put into the basis first in which few units carry nearly all (:func:`sidt.align`);
+            it computes the same.
         survey: which matrices prune well, in the report.
         reach: how the model gets near them.
         repair: whether what is left of linear layers is fitted to what they gave, on the calibration images of the
@@ -116,6 +124,7 @@ class CompressConfig(_Strict):
     """
 
     structures: tuple[LayersConfig, ...] = ()
+    align: bool = False
     survey: SurveyConfig | None = None
     reach: ReachConfig = ReachConfig()
     repair: bool = True
@@ -134,6 +143,8 @@ class CompressConfig(_Strict):
             raise ValueError(
                 "there is nothing to do; give structures, reach.groups: units, unused: true or engine: int8"
             )
+        if self.reach.by == "surgeon" and not self.repair:
+            raise ValueError("reach.by: surgeon counts on the refit of what is left; leave repair: false out")
         return self
 
 

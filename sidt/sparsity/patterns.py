@@ -18,6 +18,11 @@ from sidt.sparsity.tiles import STRICT, Tiles
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def kept_of(share: float, count: int) -> int:
+    """How many groups a share of them is: rounded down, at least one."""
+    return max(1, int(share * count + 1e-9))
+
+
 class Pattern(Protocol):
     """A set of masks.
 
@@ -51,7 +56,7 @@ class Largest:
     def mask(self, weight: Tensor) -> Tensor:
         """The mask of the nearest weight."""
         norms = self.tiles.norms(weight.detach())
-        count = max(1, int(self.keep * norms.numel() + 1e-9))
+        count = kept_of(self.keep, norms.numel())
         chosen = torch.zeros_like(norms, dtype=torch.bool).view(-1)
         chosen[norms.view(-1).topk(count).indices] = True
         return self.tiles.spread(chosen.view_as(norms), weight)
@@ -141,7 +146,7 @@ class Kernels:
         table = self._table(weight.detach())
         energy = weight.detach().square().flatten(2) @ table.to(weight.dtype).T
         best, which = energy.max(-1)
-        count = max(1, int(self.keep * best.numel() + 1e-9))
+        count = kept_of(self.keep, best.numel())
         chosen = torch.zeros_like(best, dtype=torch.bool).view(-1)
         chosen[best.view(-1).topk(count).indices] = True
         return (table[which] & chosen.view_as(best)[..., None]).view_as(weight)

@@ -42,11 +42,11 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["ternary", "tprune", "smcd", "tiles", "memristor", "two_of_four", "int8"])
+@pytest.mark.parametrize("name", ["ternary", "tprune", "smcd", "tiles", "surgeon", "memristor", "two_of_four", "int8"])
 def test_every_system_ends_in_a_folder_that_loads(name, run, written, sidt_command):
-    changes = {} if name == "int8" else {"finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
-    dense = name in ("tiles", "two_of_four")  # the sliced model's sizes are of no tile
-    if name == "tiles":
+    changes = {} if name in ("int8", "surgeon") else {"finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
+    dense = name in ("tiles", "surgeon", "two_of_four")  # the sliced model's sizes are of no tile
+    if name in ("tiles", "surgeon"):
         changes["structures.0.structure.patterns"] = [TILES]
     code, out, err = sidt_command("compress", run, "--config", written(name, **changes), *["--dense"] * dense)
     assert code == 0, err
@@ -66,8 +66,11 @@ def test_every_system_ends_in_a_folder_that_loads(name, run, written, sidt_comma
         for weight, row in found["weights"].items():
             assert int((tensors[weight] != 0).sum()) == row["nonzero"] <= row["entries"]
             assert torch.equal(structures[weight].rounded(tensors[weight], tensors[weight] != 0), tensors[weight])
-    if name == "tiles":
-        assert {row["nonzero"] / row["entries"] for row in found["weights"].values()} == {0.5}
+    if name in ("tiles", "surgeon"):
+        kept = [row["nonzero"] for row in found["weights"].values()]
+        entries = [row["entries"] for row in found["weights"].values()]
+        assert sum(kept) == sum(entries) / 2
+        assert all(part == whole / 2 for part, whole in zip(kept, entries, strict=True)) == (name == "tiles")
         assert found["modelled"]["cycles"][1] < found["modelled"]["cycles"][0]
         assert set(found["latency_ms"]) == {"dense", "block-sparse"}
     if name == "memristor":
@@ -124,6 +127,10 @@ def test_mistakes_are_one_line_and_leave_nothing(run, written, mistake, tmp_path
     wrong(["lanes"], **{"structures.0.structure": {"lanes": 8}})
     wrong(["reach", "admm", "penalty"], **{"reach.groups": "units"})
     wrong(["nothing to do"], **{"structures": []})
+    wrong(["surgeon", "repair"], "surgeon", repair=False)
+    wrong(["surgeon", "one pattern"], "surgeon", **{"structures.0.structure.patterns": [{"n": 2, "m": 4}]})
+    embedding = {"structures.0.layers": "patch_embed.proj.weight"}
+    wrong(["surgeon", "linear", "patch_embed"], "surgeon", **embedding | tiled(4, 1))
     if not torch.cuda.is_available():
         wrong(["2:4", "CUDA"], "two_of_four", engine="2:4")
     mistake("compress", run, "--config", tmp_path / "none.yaml", says=[tmp_path / "none.yaml"])
