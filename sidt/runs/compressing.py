@@ -93,6 +93,8 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
     if config.engine == "2:4" and not torch.cuda.is_available():
         raise InputError(f"{path}: engine: 2:4 needs a CUDA device with semi-structured kernels; leave engine out")
     before = dense_model(run) if dense else load(result_of(run.folder)[1])
+    if gives_features(before) and config.teacher is not None and not config.teacher.features:
+        raise InputError(f"{path}: the model gives features, and teacher.features: 0 would teach none; set it to 1")
     space = space_of(run.config, before)
     structures = structures_of(before, config.structures, space)
     devices_of(config, path.parent)

@@ -117,6 +117,14 @@ def test_a_model_without_a_head_on_images_without_labels(sidt_command, shrink, t
         assert sidt.load(run / "sliced")(torch.zeros(1, 3, 16, 16)).shape == (1, 24)
     code, out, err = sidt_command("finetune", run, "--set", "finetune.epochs=1", "--device", "cpu")
     assert code == 0, err
+    tiles = {"patterns": [{"tiles": {"rows": 4, "columns": 4}, "keep": 0.8}]}
+    asked = {"structures": [{"layers": "blocks.*.mlp.*.weight", "structure": tiles}], "align": True}
+    asked |= {"reach": {"by": "surgeon"}, "finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
+    for weight, says in ((1.0, "same neighbour as dense"), (0.0, "teacher.features")):
+        config = tmp_path / f"tiles{weight}.yaml"
+        config.write_text(yaml.safe_dump(asked | {"teacher": {"features": weight}}))
+        code, out, err = sidt_command("compress", run, "--config", config, "--dense")
+        assert code == (0 if weight else 2) and says in (out if weight else err), err
 
 
 def test_some_of_the_classes(shrink, images, weights):

@@ -50,9 +50,7 @@ def test_the_costs_are_what_the_refit_loses(tiles, bias, monkeypatch):
         twin = copy.deepcopy(model)
         refit(twin, {"0.weight": tiles.spread(kept, layer.weight)}, {"0.weight": moments_of(model, x)})
         lost = (((twin(x) - whole).square().mean(0)) * fisher).sum()
-        assert_close(
-            costs[:, :gone].sum(), lost.detach(), rtol=1e-3, atol=1e-3
-        )  # but for the ridge
+        assert_close(costs[:, :gone].sum(), lost.detach(), rtol=1e-3, atol=1e-3)  # but for the ridge
 
 
 def test_the_first_to_go_is_the_cheapest_of_all():
