@@ -1,4 +1,4 @@
-"""Structure inside weights: six systems and two references on one model, dense and sliced, in one table.
+"""Structure inside weights: six systems, tiles by surgery and two references, of one model and its slice, in one table.
 
     python benchmarks/sparsity.py RUN [--sliced RUN] [--detector RUN] --out benchmarks/results/sparsity
 
@@ -29,6 +29,7 @@ PUBLISHED = {
     "tprune": "1.16-1.92x faster, 0-8 % BLEU (Transformer, phones)",
     "ternary": "21x smaller, -1.74 / -0.94 top-1 / 5 (ResNet-18, ImageNet; 16x of it are the 2 bits)",
     "tiles": "up to 10x a layer, 2.6x faster (R(2+1)D, ZCU102)",
+    "surgeon": "none: the tiles by Optimal Brain Surgeon",
     "memristor": "rows and columns of crossbars by ADMM, 8-bit levels",
     "levels": "the memristor framework's 8-bit levels alone",
     "smcd": "26.5 % of the computing and 14.2 % of the sending saved (phones)",
