@@ -34,9 +34,9 @@ from sidt.errors import InputError
 from sidt.files import write_bytes
 from sidt.report.kept import STAGES, devices_of, latency, modelled, weights_kept, write_report
 from sidt.runs import provenance
-from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace
-from sidt.sparsity.config import CompressConfig, structures_of
+from sidt.sparsity.config import CompressConfig, read_config, structures_of
+from sidt.sparsity.engines import check_engine
 from sidt.sparsity.structures import Structure
 from sidt.training.loop import TrainConfig
 
@@ -109,7 +109,7 @@ def opened(run: DetectionRun, path: Path, *, dense: bool) -> Compression:
     Raises:
         InputError: as for :func:`compress`.
     """
-    asked = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
+    asked = read_config(path)
     _check(asked, path)
     devices_of(asked, path.parent)
     source = existing(run, "dense", "train CONFIG") if dense else _result(run)
@@ -121,6 +121,7 @@ def opened(run: DetectionRun, path: Path, *, dense: bool) -> Compression:
         )
     space = detector_space(detector, config.model, input_size(run))
     structures = structures_of(detector, asked.structures, space)
+    check_engine(detector, structures, asked.engine)
     data = checked(run, detector, TRAIN)
     config = with_data(config, TRAIN, split_data(run, data)["rest"])
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)

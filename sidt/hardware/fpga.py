@@ -89,7 +89,7 @@ def count_cycles(model: nn.Module, positions: Mapping[str, Rows], device: FpgaDe
     table = []
     for layer in layers_of(model, positions):
         tiles = dense_tiles = cycles = dense_cycles = words = 0
-        kernel = layer.weight[0, 0].numel()
+        kernel = layer.weight.shape[2:].numel()
         connected = connections(layer.weight, layer.groups).any(2)
         possible = connections(torch.ones_like(layer.weight), layer.groups).any(2)
         for first, last, count in layer.rows:

@@ -212,7 +212,8 @@ def _average(
         return unit_sums(space, ((name, product.square()) for name, product in products))
 
     # The units of a width behind a LayerNorm are scored as the directions that they stand for.
-    centred = {w: rotatable(space)[w].places for w in space.rotated() if is_centred(model, space, w)}
+    streams = rotatable(space)  # without a width whose blocks have all lost their units
+    centred = {w: streams[w].places for w in space.rotated() if w in streams and is_centred(model, space, w)}
     frozen = [w for w in weights.values() if not w.requires_grad]
     try:
         for weight in frozen:

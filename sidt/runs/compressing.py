@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from sidt.errors import InputError
 from sidt.export.checkpoint import load
-from sidt.importance.criteria import taylor
+from sidt.importance.criteria import Loss as Criterion
+from sidt.importance.criteria import cross_entropy, taylor
 from sidt.importance.unlabelled import own_outputs
 from sidt.report.kept import devices_of
 from sidt.runs.exports import result_of
@@ -29,11 +30,10 @@ from sidt.runs.folder import Run, dense_model
 from sidt.runs.images import data_of, sample
 from sidt.runs.models import space_of
 from sidt.runs.quality import gives_features, is_blind
-from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace
 from sidt.sparsity.admm import train_by_admm
-from sidt.sparsity.config import CompressConfig, PurifyConfig, structures_of
-from sidt.sparsity.engines import block_sparse
+from sidt.sparsity.config import CompressConfig, PurifyConfig, read_config, structures_of
+from sidt.sparsity.engines import check_engine
 from sidt.sparsity.holding import hold, weights_of
 from sidt.sparsity.lines import line_lasso, small_lines
 from sidt.sparsity.patterns import Largest
@@ -47,6 +47,7 @@ from sidt.sparsity.unused import remove_unused
 from sidt.surgery.alignment import align
 from sidt.surgery.moments import measure_moments
 from sidt.training.batches import make_loader
+from sidt.training.devices import resolve_device
 from sidt.training.digest import weights_digest
 from sidt.training.distillation import TeacherConfig, distillation_loss
 from sidt.training.loop import Loss, TrainConfig, fit, label_loss
@@ -89,7 +90,7 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
     Raises:
         InputError: the config cannot be used, a structure is not for the model, or the run has no model.
     """
-    config = parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
+    config = read_config(path)
     if config.engine == "2:4" and not torch.cuda.is_available():
         raise InputError(f"{path}: engine: 2:4 needs a CUDA device with semi-structured kernels; leave engine out")
     before = dense_model(run) if dense else load(result_of(run.folder)[1])
@@ -102,8 +103,9 @@ def opened(run: Run, path: Path, *, dense: bool, say: Say) -> Compression:
         check_surgeon(before, structures)
     elif config.reach.trains and config.reach.by != "admm":
         penalty_of(before, config.reach, structures, space)
-    if config.engine == "block-sparse":
-        block_sparse(before, structures)
+    check_engine(before, structures, config.engine)
+    for training in (config.survey.train if config.survey else None, config.reach.train, config.finetune):
+        resolve_device(training.device if training else "auto")
     folder = run.folder / "compressed" / (f"dense-{path.stem}" if dense else path.stem)
     return Compression(run, path, config, folder, before, copy.deepcopy(before), space, say, structures)
 
@@ -151,14 +153,13 @@ def cut(at: Compression) -> None:
     """Make zero what the structures leave out, or units that are next to nothing, and repair what is left."""
     at.model.cpu()
     if at.config.reach.groups == "units":
-        norms = unit_norms(at.model, at.space)
-        zero_units(at.model, at.space, {n: v < at.config.reach.threshold * v.max() for n, v in norms.items()})
+        norms, least = unit_norms(at.model, at.space), at.config.reach.threshold
+        zero_units(at.model, at.space, {n: v < least * v.max() for n, v in norms.items() if v.numel()})
     weights, moments = weights_of(at.model, at.structures), dict[str, Tensor]()
     if at.config.repair and any(structure.patterns for structure in at.structures.values()):
         moments = input_moments(at.model, at.structures, tqdm(_calibration(at), desc="inputs"))
     if at.config.reach.by == "surgeon":
-        loss = own_outputs(features=gives_features(at.before), seed=at.run.config.seed)
-        fisher = output_fisher(at.model, at.structures, tqdm(_calibration(at), desc="gradients"), loss)
+        fisher = output_fisher(at.model, at.structures, tqdm(_calibration(at), desc="gradients"), _own_outputs(at))
         masks = surgeon_masks(at.model, at.structures, moments, fisher)
     else:
         seen = {} if at.config.reach.trains else {name: input_scale(m).to(weights[name]) for name, m in moments.items()}
@@ -168,7 +169,8 @@ def cut(at: Compression) -> None:
 
 def purified(at: Compression, config: PurifyConfig) -> None:
     """Network Purification by Taylor scores, each relative to the mean of its dimension."""
-    scores = taylor(at.model, _calibration(at), space=at.space).scores
+    loss = _own_outputs(at) if is_blind(at.run, at.before) else cross_entropy
+    scores = taylor(at.model, _calibration(at), loss, space=at.space).scores
     relative = {name: s / max(s.mean(), 1e-30) if s.size else s for name, s in scores.items()}
     at.model = purify(at.model, at.space, relative, config.eta, config.sigma)
 
@@ -198,6 +200,11 @@ def finetune(at: Compression) -> None:
 def _calibration(at: Compression) -> DataLoader[Any]:
     """The images of the run's scores."""
     return make_loader(sample(data_of(at.run.config.data).calibration, at.run.config.score.images), 64)
+
+
+def _own_outputs(at: Compression) -> Criterion:
+    """The loss that needs no labels."""
+    return own_outputs(features=gives_features(at.before), seed=at.run.config.seed)
 
 
 def _loosened(structure: Structure) -> Structure:

@@ -86,7 +86,7 @@ def _constants(first: nn.Conv2d, between: nn.Sequential) -> Tensor:
 
 def _pads(conv: nn.Conv2d) -> bool:
     if isinstance(conv.padding, str):
-        return conv.padding == "same" and conv.weight[0, 0].numel() > 1
+        return conv.padding == "same" and conv.weight.shape[2:].numel() > 1
     return any(conv.padding)
 
 

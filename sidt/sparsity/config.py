@@ -9,14 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from torch import nn
 
 from sidt.errors import InputError
+from sidt.settings import parse, read_yaml
 from sidt.space.space import DimensionSpace
-from sidt.sparsity.patterns import Largest
+from sidt.sparsity.patterns import Largest, OfEvery
 from sidt.sparsity.structures import Structure
 from sidt.sparsity.tiles import Tiles
 from sidt.training.distillation import TeacherConfig
 from sidt.training.loop import TrainConfig
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class _Strict(BaseModel):
@@ -139,13 +142,33 @@ class CompressConfig(_Strict):
 
     @model_validator(mode="after")
     def _does_something(self) -> "CompressConfig":
-        if not self.structures and self.reach.groups != "units" and self.engine != "int8" and not self.unused:
+        unstructured = self.reach.groups == "units" or self.engine == "int8" or self.unused or self.survey is not None
+        if not self.structures and not unstructured:
             raise ValueError(
-                "there is nothing to do; give structures, reach.groups: units, unused: true or engine: int8"
+                "there is nothing to do; give structures, survey, reach.groups: units, unused: true or engine: int8"
             )
+        if not self.structures and self.reach.groups != "units" and self.reach.by != "projection":
+            raise ValueError(f"reach.by is {self.reach.by!r}, and there are no structures to reach; give some")
+        if self.unused and self.engine == "block-sparse":
+            raise ValueError(
+                "unused: true changes sizes, and engine: block-sparse needs tiles that divide; leave one out"
+            )
+        if self.unused and any(isinstance(p, OfEvery) for s in self.structures for p in s.structure.patterns):
+            raise ValueError("unused: true changes sizes, and n:m needs inputs that m divides; leave one out")
         if self.reach.by == "surgeon" and not self.repair:
             raise ValueError("reach.by: surgeon counts on the refit of what is left; leave repair: false out")
         return self
+
+
+def read_config(path: Path) -> CompressConfig:
+    """A compression's config. The file's name, without its end, is the name of what comes out.
+
+    Raises:
+        InputError: it cannot be read or used, or its name is none for a folder.
+    """
+    if not path.stem.strip("."):
+        raise InputError(f"{path}: {path.stem!r} is no name for a folder of results; rename the file")
+    return parse(CompressConfig, read_yaml(path, CompressConfig), str(path))
 
 
 def structures_of(
@@ -189,7 +212,7 @@ def _check_heads(space: DimensionSpace, name: str, structure: Structure) -> None
     """Check that no tile of several rows and columns straddles two heads."""
     tiles: list[Tiles] = [p.tiles for p in structure.patterns if isinstance(p, Largest)]
     for tile in tiles:
-        if tile.ragged or 1 in (tile.rows, tile.columns) or None in (tile.rows, tile.columns):
+        if 1 in (tile.rows, tile.columns) or None in (tile.rows, tile.columns):
             continue
         for axis, size, what in zip(
             space.places[name].axes, (tile.rows, tile.columns), ("outputs", "inputs"), strict=False

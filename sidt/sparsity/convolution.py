@@ -97,6 +97,23 @@ def _taps(filters: Filters) -> list[Tensor | None]:
     return found
 
 
+def pattern_layers(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, nn.Conv2d]:
+    """The convolutions that can run on packed kernels, by the names of their weights.
+
+    Raises:
+        InputError: no structure is of a convolution without groups.
+    """
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in structures}
+    found = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str)
+    }
+    if not found:
+        raise InputError("no convolution without groups has a structure, so none can run on it; leave engine out")
+    return found
+
+
 def pattern_convolutions(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, PatternConv]:
     """The convolutions of a model whose weights have a structure, on their packed kernels, by name.
 
@@ -108,13 +125,10 @@ def pattern_convolutions(model: nn.Module, structures: Mapping[str, Structure]) 
         InputError: no structure is of a convolution without groups.
     """
     found = {}
-    for name, structure in structures.items():
-        conv = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and not isinstance(conv.padding, str):
-            weight = conv.weight.detach()
-            found[name.rpartition(".")[0]] = PatternConv(conv, reorder(weight, structure.stored(weight))).eval()
-    if not found:
-        raise InputError("no convolution without groups has a structure, so none can run on it; leave engine out")
+    for name, conv in pattern_layers(model, structures).items():
+        weight = conv.weight.detach()
+        filters = reorder(weight, structures[name].stored(weight))
+        found[name.rpartition(".")[0]] = PatternConv(conv, filters).eval()
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from sidt.errors import InputError
+from sidt.sparsity.convolution import pattern_layers
 from sidt.sparsity.patterns import Largest, OfEvery
 from sidt.sparsity.structures import Structure
 
@@ -36,6 +37,20 @@ class BlockSparseLinear(nn.Module):
         flat = inputs.reshape(-1, inputs.shape[-1])
         product = (self.weight @ flat.T).T.reshape(*inputs.shape[:-1], -1)
         return product if self.bias is None else product + self.bias
+
+
+def check_engine(model: nn.Module, structures: Mapping[str, Structure], engine: str | None) -> None:
+    """Check that an engine has something to run, before anything is trained for it.
+
+    Raises:
+        InputError: no structure is one for it.
+    """
+    if engine == "block-sparse":
+        block_sparse(model, structures)
+    if engine == "patterns":
+        pattern_layers(model, structures)
+    if engine == "2:4":
+        _two_of_four(structures)
 
 
 def block_sparse(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
@@ -90,15 +105,19 @@ def semi_structured(model: nn.Module, structures: Mapping[str, Structure]) -> nn
     if not torch.cuda.is_available():
         raise InputError("2:4 kernels need a CUDA device; leave engine out")
     twin = OnGpu(model)
-    names = [
-        n for n, s in structures.items() if any(isinstance(p, OfEvery) and (p.n, p.m) == (2, 4) for p in s.patterns)
-    ]
-    if not names:
-        raise InputError("no weight is 2:4, so there is nothing for its kernels; give a structure {n: 2, m: 4}")
-    for name in names:
+    for name in _two_of_four(structures):
         layer, weight = twin.model.get_submodule(name.rpartition(".")[0]), twin.model.get_parameter(name)
         try:
             layer.weight = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"2:4 kernels do not take {name}: {' '.join(str(error).split())[:200]}") from None
     return twin
+
+
+def _two_of_four(structures: Mapping[str, Structure]) -> list[str]:
+    names = [
+        n for n, s in structures.items() if any(isinstance(p, OfEvery) and (p.n, p.m) == (2, 4) for p in s.patterns)
+    ]
+    if not names:
+        raise InputError("no weight is 2:4, so there is nothing for its kernels; give a structure {n: 2, m: 4}")
+    return names

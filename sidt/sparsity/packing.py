@@ -60,15 +60,15 @@ def unpack(parts: Mapping[str, Tensor], structure: Structure, shape: tuple[int, 
     Raises:
         InputError: the parts are not as long as the shape says, or one is missing.
     """
-    like, kept = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
     try:
+        like, kept = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
         for i, pattern in enumerate(structure.patterns):
             kept &= pattern.decode(_bits(parts[f"index.{i}"]), like)
         width = structure.values.bits
         codes = from_bits(_bits(parts["codes"])[: int(kept.sum()) * width], width)
         weight = structure.values.decode(codes, parts["scales"].float(), kept)
         return weight[_places(parts["order"], len(weight))] if structure.reorders else weight
-    except (RuntimeError, IndexError, KeyError) as error:
+    except (RuntimeError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"packed parts do not make a weight of shape {list(shape)}: {_line(error)}") from None
 
 

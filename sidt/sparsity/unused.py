@@ -294,7 +294,7 @@ def _fold(reader: nn.Module, columns: Tensor, low: Tensor, high: Tensor) -> None
     value = (low + high)[columns] / 2
     still = (high - low)[columns] <= _STILL * (1 + value.abs())
     # A kernel may see a border of zeros; a layer without a bias has nowhere to put a constant.
-    takes = bias is not None and weight[0, 0].numel() == 1
+    takes = bias is not None and weight.shape[2:].numel() == 1
     if not takes:
         still &= value == 0
     columns, value = columns[still], value[still]

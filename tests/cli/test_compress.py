@@ -1,8 +1,10 @@
 """``sidt compress`` on a tiny run: every system's config, what it writes, and mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -110,13 +112,16 @@ def test_a_dense_model_and_a_stopped_training(run, written, sidt_command, monkey
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run, written, mistake, tmp_path):
-    before = sorted(run.rglob("*"))
+    def there():
+        return sorted(path for path in run.rglob("*") if path.suffix != ".lock")
+
+    before = there()
 
     def wrong(says, name="tiles", **changes):
         mistake("compress", run, "--dense", "--config", written(name, **changes), says=says)
 
-    def tiled(rows, columns, keep=0.5):
-        return {"structures.0.structure.patterns": [{"tiles": {"rows": rows, "columns": columns}, "keep": keep}]}
+    def tiled(rows, columns, keep=0.5, **more):
+        return {"structures.0.structure.patterns": [{"tiles": {"rows": rows, "columns": columns} | more, "keep": keep}]}
 
     nothing = "blocks.*.nothing.fc1.weight"
     wrong([nothing, "blocks.0.mlp.fc1.weight"], **{"structures.0.layers": nothing})
@@ -127,6 +132,14 @@ def test_mistakes_are_one_line_and_leave_nothing(run, written, mistake, tmp_path
     wrong(["lanes"], **{"structures.0.structure": {"lanes": 8}})
     wrong(["reach", "admm", "penalty"], **{"reach.groups": "units"})
     wrong(["nothing to do"], **{"structures": []})
+    wrong(["admm", "no structures"], structures=[], unused=True)
+    wrong(["layers", "at least 1"], **{"structures.0.layers": []})
+    wrong(["unused", "block-sparse"], unused=True)
+    wrong(["unused", "n:m"], "two_of_four", unused=True)
+    wrong(["24 inputs", "5 does not divide"], "two_of_four", **{"structures.0.structure.patterns": [{"n": 2, "m": 5}]})
+    wrong(["no convolution"], engine="patterns", **tiled(4, 4))
+    wrong(["straddle heads", "8 x 4"], **tiled(8, 4, ragged=True))
+    wrong(["cuda:7"], finetune={"epochs": 1, "device": "cuda:7"}, **tiled(4, 4))
     wrong(["surgeon", "repair"], "surgeon", repair=False)
     wrong(["surgeon", "one pattern"], "surgeon", **{"structures.0.structure.patterns": [{"n": 2, "m": 4}]})
     embedding = {"structures.0.layers": "patch_embed.proj.weight"}
@@ -134,5 +147,28 @@ def test_mistakes_are_one_line_and_leave_nothing(run, written, mistake, tmp_path
     if not torch.cuda.is_available():
         wrong(["2:4", "CUDA"], "two_of_four", engine="2:4")
     mistake("compress", run, "--config", tmp_path / "none.yaml", says=[tmp_path / "none.yaml"])
+    mistake("compress", run, "--config", written("tiles").rename(tmp_path / "...yaml"), says=["no name", "rename"])
     mistake("compress", tmp_path, "--config", written("tiles"), says=[tmp_path, "config.yaml"])
-    assert sorted(run.rglob("*")) == before
+    assert there() == before
+
+
+@pytest.mark.parametrize("name", ["tprune", "smcd", "memristor", "surgeon"])
+def test_models_whose_heads_are_gone(name, run, written, sidt_command, tmp_path):
+    """With ``search.min_units: 0`` a block may lose its attention."""
+    folder, dense = tmp_path / "headless", sidt.load(run / "dense")
+    space = sidt.space_for(dense)
+    keep = {n: np.arange(d.size) for n, d in space.dimensions.items() if not d.per}
+    keep |= {n: np.tile(np.arange(d.size), (2, 1)) for n, d in space.dimensions.items() if d.per}
+    for heads in [h for h in space.attention if h.endswith(".0")]:
+        keep[heads] = np.arange(0)
+        keep |= {
+            n: np.zeros((0, d.size), int) + np.arange(d.size) for n, d in space.dimensions.items() if d.per == heads
+        }
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "sliced")
+    sidt.save(sidt.slice_model(dense, sidt.DimensionPlan(space, keep)), folder / "sliced")
+    changes = {} if name == "surgeon" else {"finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
+    if name == "surgeon":
+        changes = {"structures.0.structure.patterns": [TILES]}
+    code, _, err = sidt_command("compress", folder, "--config", written(name, **changes))
+    assert code == 0, err
