@@ -122,7 +122,7 @@ def test_a_model_without_a_head_on_images_without_labels(sidt_command, shrink, t
     asked |= {"reach": {"by": "surgeon"}, "finetune": {"epochs": 1, "batch_size": 16, "smoothing": 0.0}}
     for weight, says in ((1.0, "same neighbour as dense"), (0.0, "teacher.features")):
         config = tmp_path / f"tiles{weight}.yaml"
-        config.write_text(yaml.safe_dump(asked | {"teacher": {"features": weight}}))
+        config.write_text(yaml.safe_dump(asked | {"teacher": {"features": weight}, "purify": {}}))
         code, out, err = sidt_command("compress", run, "--config", config, "--dense")
         assert code == (0 if weight else 2) and says in (out if weight else err), err
 

@@ -67,6 +67,9 @@ def test_a_wrong_order_is_refused(refused):
     parts = pack(weight, structure)
     with refused("order of 4 filters", "[4, 3, 3, 3]"):
         unpack(parts | {"order": torch.zeros_like(parts["order"])}, structure, (4, 3, 3, 3))
+    for shape in ((4, -3, 3, 3), (4, 3, 3, 2**60), (4, 3.0, 3, 3)):
+        with refused("do not make a weight"):
+            unpack(parts, structure, shape)
 
 
 @given(
