@@ -77,8 +77,10 @@ def _models_of(source: Path) -> tuple[dict[str, nn.Module], InputSize]:
         dense = {"dense": load(source / "dense")} if (source / "dense" / "config.json").is_file() else {}
         return dense | {name: small}, (input_size_of(small)[0], *preparation_of(run.config.data).size)
     if (source / "config.json").is_file():
-        model = load(source)
-        return {source.resolve().name: model}, input_size_of(model)
+        model, place = load(source), source.resolve()
+        beside = place.parents[1] / "dense"  # of RUN/compressed/NAME
+        there = place.parent.name == "compressed" and (beside / "config.json").is_file()
+        return ({"dense": load(beside)} if there else {}) | {place.name: model}, input_size_of(model)
     raise InputError(f"{source} is no run folder and no checkpoint: it has neither config.yaml nor config.json")
 
 

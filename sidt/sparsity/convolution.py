@@ -100,6 +100,8 @@ def _taps(filters: Filters) -> list[Tensor | None]:
 def pattern_layers(model: nn.Module, structures: Mapping[str, Structure]) -> dict[str, nn.Conv2d]:
     """The convolutions that can run on packed kernels, by the names of their weights.
 
+    Those of a class that standardises its weight, or pads by itself, cannot.
+
     Raises:
         InputError: no structure is of a convolution without groups.
     """
@@ -107,7 +109,8 @@ def pattern_layers(model: nn.Module, structures: Mapping[str, Structure]) -> dic
     found = {
         name: layer
         for name, layer in layers.items()
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str)
+        if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward  # no more than that
+        if layer.groups == 1 and not isinstance(layer.padding, str)
     }
     if not found:
         raise InputError("no convolution without groups has a structure, so none can run on it; leave engine out")

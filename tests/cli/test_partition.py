@@ -1,6 +1,7 @@
 """``sidt partition`` on a run folder and a checkpoint, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,18 @@ def test_what_the_file_does_not_say_is_measured_and_workers_run_the_shards(run, 
         each["macs_per_second"] > 0
         for each in json.loads((run / "sliced/partition/partition.json").read_text())["devices"]
     )
+
+
+def test_a_compression_stands_beside_the_dense_model(run, sidt_command, tmp_path):
+    folder = run / "compressed" / "smcd"
+    shutil.copytree(run / "sliced", folder)
+    code, out, err = sidt_command(
+        "partition", folder, "--devices", devices(tmp_path / "devices.yaml", FAST, FAST, FAST)
+    )
+    assert code == 0, err
+    dense, small = (line for line in out.splitlines() if line.startswith(("dense  ", "smcd  ")))
+    assert "has no room" not in dense and "(-" in small
+    shutil.rmtree(folder.parent)
 
 
 def test_what_cannot_be_partitioned(run, mistake, tmp_path):

@@ -1,5 +1,6 @@
 """Packed kernels in the order of their filters, and convolutions that run on them."""
 
+import pytest
 import timm
 import torch
 from hypothesis import given
@@ -101,9 +102,20 @@ def test_what_cannot_run_on_packed_kernels_says_so(refused):
         pattern_convolutions(model, structures)
 
 
-def test_the_stems_of_pvt_run_on_patterns():
-    model = timm.create_model("pvt_v2_b0", num_classes=10).eval()
-    layers = LayersConfig(layers="stages.*.downsample.proj.weight", structure=structure_of(0.5))
+SMALL = {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stem"),
+    [
+        ("pvt_v2_b0", {}, "stages.*.downsample.proj.weight"),
+        ("xcit_nano_12_p8_224", {"img_size": 64}, "patch_embed.proj.*.0.weight"),
+        ("vit_base_resnet26d_224", SMALL, "patch_embed.backbone.conv1.?.weight"),
+    ],
+)
+def test_the_stems_of_pyramids_and_hybrids_run_on_patterns(name, size, stem):
+    model = timm.create_model(name, num_classes=10, **size).eval()
+    layers = LayersConfig(layers=stem, structure=structure_of(0.5))
     structures = structures_of(model, [layers], None)
     assert len(structures) == 3
     project(model, structures)
@@ -115,3 +127,16 @@ def test_the_stems_of_pvt_run_on_patterns():
         for name, twin in twins.items():
             model.set_submodule(name, twin)
         assert_close(model(images), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_convolutions_that_do_more_than_convolve_are_left_alone(refused):
+    class Centred(nn.Conv2d):
+        def forward(self, maps):
+            return nn.functional.conv2d(maps, self.weight - self.weight.mean((1, 2, 3), keepdim=True))
+
+    model = nn.Sequential(Centred(3, 4, 3), nn.Conv2d(4, 4, 3))
+    structures = {f"{i}.weight": structure_of(0.5) for i in range(2)}
+    project(model, structures)
+    assert list(pattern_convolutions(model, structures)) == ["1"]
+    with refused("no convolution"):
+        pattern_convolutions(model, {"0.weight": structure_of(0.5)})
