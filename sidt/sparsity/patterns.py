@@ -88,8 +88,8 @@ class OfEvery:
         """Check that the groups fit."""
         if self.n >= self.m:
             raise InputError(f"{self.n}:{self.m} keeps all of {name}; keep fewer than {self.m}, as 2:4 does")
-        if weight.ndim != 2:
-            raise InputError(f"{name} is no matrix, and {self.n}:{self.m} is of matrices; match linear layers")
+        if weight.ndim < 2 or weight.shape[2:].numel() != 1:
+            raise InputError(f"{name} is a convolution, and {self.n}:{self.m} is of matrices; match linear layers")
         if weight.shape[1] % self.m:
             raise InputError(f"{name} has {weight.shape[1]} inputs, which {self.m} does not divide; leave it out")
 
