@@ -3,13 +3,12 @@
 The backbones, the neck and the three hooks are registered, and checkpoints may be safetensors files.
 """
 
-from sidt.detection.detectors.backbones import TimmBackbone, sliced_backbone
 from sidt.detection.detectors.checkpoints import register_safetensors
-from sidt.detection.detectors.pyramid import SimpleFeaturePyramid
-from sidt.detection.training.distillation import TeacherHook
-from sidt.detection.training.gates import GateHook
-from sidt.detection.training.structures import StructuresHook
+from sidt.detection.detectors.sliced_parts import sliced_part
 
-__all__ = ["GateHook", "SimpleFeaturePyramid", "StructuresHook", "TeacherHook", "TimmBackbone", "sliced_backbone"]
+__all__ = [
+    *("GateHook", "SimpleFeaturePyramid", "StructuresHook", "TeacherHook", "TimmBackbone", "sliced_backbone"),
+    "sliced_part",
+]
 
 register_safetensors()

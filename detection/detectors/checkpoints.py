@@ -9,9 +9,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from sidt.detection.detectors.backbones import map_dimensions, searchable
 from sidt.detection.detectors.configs import build_detector, channels_of, maps_of, read_config, readers, without_weights
+from sidt.detection.detectors.sliced_parts import slice_parts
 from sidt.errors import InputError
 from sidt.export.checkpoint import PACKED, SPACE, files_of
 from sidt.export.weights import fit_weights, read_weights
@@ -30,6 +33,7 @@ from sidt.files import dump_json, read_json, replacing
 from sidt.space.families import read_family
 from sidt.space.finding import own_family
 from sidt.space.plan import DimensionPlan
+from sidt.space.space import Dimension
 from sidt.sparsity.packing import packed, read_packed
 from sidt.sparsity.structures import Structure
 
@@ -106,6 +110,7 @@ def save_detector(
         own[_ROTATED] = list(rotated)
     if plan is not None:
         _slice_config(own, plan, map_dimensions(detector.get_submodule("backbone"), plan.space))
+        slice_parts(own, detector, plan.space)
     dense = own.model.backbone.dense if plan is not None else own.model.backbone
     files: dict[str, bytes] = {}
     if dense.type == "TimmBackbone" and Path(dense.model).is_dir():  # it says what the dense backbone is
@@ -160,10 +165,23 @@ def load_detector(folder: str | Path) -> tuple[nn.Module, Config]:
         module.sidt_family = read_family(folder / SPACE)
     plan = getattr(module, "sidt_plan", None)
     if plan is not None:
-        detector.sidt_plan = plan
+        detector.sidt_plan = _with_channels(plan, read_json(folder / PLAN))  # type: ignore[assignment]
     if rotated := config.get(_ROTATED):
         detector.sidt_rotated = tuple(map(str, rotated))  # type: ignore[assignment]
     return detector.eval(), config
+
+
+def _with_channels(plan: DimensionPlan, data: Any) -> DimensionPlan:
+    """The plan of a detector: that of its backbone, and what its file says of the channels of neck and heads."""
+    try:
+        own = {
+            str(name): Dimension(str(name), "channels", int(data["dense"][name]), None, (), False)
+            for name in data.get("channels", [])
+        }
+        space = replace(plan.space, dimensions={**plan.space.dimensions, **own})
+        return DimensionPlan(space, {**plan.keep, **{name: np.array(data["keep"][name]) for name in own}})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the channels in a detector's {PLAN} cannot be read: {error!r}") from None
 
 
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:

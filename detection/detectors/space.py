@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sidt.cost.complexity import NOT_COUNTED, Row, report, time_call
 from sidt.detection.detectors.backbones import TimmBackbone, map_dimensions, searchable
+from sidt.detection.detectors.channels import Cut, channels_outside
 from sidt.detection.detectors.configs import channels_of, maps_of, readers
 from sidt.detection.detectors.streams import detector_streams, readers_of_maps
 from sidt.errors import InputError
@@ -29,13 +30,15 @@ _PROPOSALS = 1000  # boxes that the second stage refines, and objects that it dr
 _OBJECTS = 100  # MMDetection's own settings for COCO
 
 
-def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> DimensionSpace:
+def detector_space(detector: nn.Module, config: Any, input_size: InputSize, *, outside: bool = False) -> DimensionSpace:
     """The space of a detector, whose costs count the backbone alone; see :func:`whole`.
 
     Args:
         detector: built from ``config``.
         config: the model's part of an MMDetection config.
         input_size: channels, height, width of the image whose cost is counted.
+        outside: whether the channels of neck and heads are dimensions too, where it is seen which they are
+            (:mod:`sidt.detection.detectors.channels`).
 
     Raises:
         InputError: the backbone has no space, or does not take the size.
@@ -66,11 +69,11 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
     order = {name: i for i, name in enumerate([*dict(detector.named_parameters()), *dict(detector.named_buffers())])}
     places = dict(sorted((places | constant).items(), key=lambda item: order[item[0]]))
     cost, axes_of = trace_detector(detector, input_size)[0], {name: place.axes for name, place in places.items()}
-    outside: dict[str, tuple[str, ...] | str] = dict.fromkeys(inner.streams, ())
-    outside |= readers_of_maps(detector, [path for _, path in reading], maps, input_size)
-    outside |= dict.fromkeys(fixed, "it is not known how its map is read")
+    read_by: dict[str, tuple[str, ...] | str] = dict.fromkeys(inner.streams, ())
+    read_by |= readers_of_maps(detector, [path for _, path in reading], maps, input_size)
+    read_by |= dict.fromkeys(fixed, "it is not known how its map is read")
     rotated = getattr(detector, "sidt_rotated", ())
-    return replace(
+    found = replace(
         inner,
         dimensions={
             n: replace(d, fixed=d.fixed or n in fixed, ordered=n in rotated) for n, d in inner.dimensions.items()
@@ -79,9 +82,10 @@ def detector_space(detector: nn.Module, config: Any, input_size: InputSize) -> D
         attributes=attributes,
         attention={heads: f"{prefix}{owner}" for heads, owner in inner.attention.items()},
         trace=cost,
-        streams=detector_streams(detector, module, prefix, axes_of, cost, outside),
+        streams=detector_streams(detector, module, prefix, axes_of, cost, read_by),
         counted=BACKBONE,
     )
+    return channels_outside(detector, input_size, _run_heads).within(found) if outside else found
 
 
 def whole(space: DimensionSpace) -> DimensionSpace:
@@ -95,6 +99,11 @@ def _norm_places(backbone: TimmBackbone, maps: Sequence[str]) -> dict[str, Place
         for i, norm in enumerate(backbone.norms)
         for name, _ in norm.named_parameters()
     }
+
+
+def map_channels(detector: nn.Module, input_size: InputSize) -> tuple[Axis | None, ...]:
+    """For each map that the neck gives, the channels of :func:`detector_space` that it has; ``None`` if it is whole."""
+    return channels_outside(detector, input_size, _run_heads).maps
 
 
 # --- what reads the maps -------------------------------------------------------------------------------------------
@@ -160,24 +169,34 @@ def trace_detector(detector: nn.Module, input_size: InputSize) -> tuple[Trace, t
     missed: list[str] = []
 
     def forward(model: Any, image: Tensor) -> None:
-        maps = model.extract_feat(image)
-        for name in ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head"):
-            for head in _list(getattr(model, name, None)):
-                _try(missed, name, head, maps)
-        roi_head = getattr(model, "roi_head", None)
-        if roi_head is not None:
-            for name, boxes, extractor in (
-                ("bbox_head", _PROPOSALS, "bbox_roi_extractor"),
-                ("mask_head", _OBJECTS, "mask_roi_extractor"),
-            ):
-                heads, cutters = _list(getattr(roi_head, name, None)), _list(getattr(roi_head, extractor, None))
-                for i, head in enumerate(heads):
-                    cutter = cutters[min(i, len(cutters) - 1)] if cutters else roi_head.bbox_roi_extractor
-                    size = cutter.roi_layers[0].output_size
-                    _try(missed, f"roi_head.{name}", head, image.new_empty(boxes, cutter.out_channels, *size))
+        missed.extend(_run_heads(model, image, model.extract_feat(image))[0])
 
     found = trace(detector, input_size, forward)
     return found, tuple(dict.fromkeys(missed))
+
+
+def _run_heads(model: Any, image: Tensor, maps: Any, cut: Cut = lambda *_: None) -> tuple[list[str], list[Any]]:
+    """Run all heads on the maps of an image: the names of those that cannot be, and what the others give."""
+    missed: list[str] = []
+    given: list[Any] = []
+    for name in ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head"):
+        for head in _list(getattr(model, name, None)):
+            _try(missed, given, name, head, maps)
+    roi_head = getattr(model, "roi_head", None)
+    if roi_head is not None:
+        for name, boxes, extractor in (
+            ("bbox_head", _PROPOSALS, "bbox_roi_extractor"),
+            ("mask_head", _OBJECTS, "mask_roi_extractor"),
+        ):
+            heads, cutters = _list(getattr(roi_head, name, None)), _list(getattr(roi_head, extractor, None))
+            for i, head in enumerate(heads):
+                cutter = cutters[min(i, len(cutters) - 1)] if cutters else roi_head.bbox_roi_extractor
+                size = cutter.roi_layers[0].output_size
+                regions = image.new_empty(boxes, cutter.out_channels, *size)
+                path = next(path for path, module in model.named_modules() if module is cutter)
+                cut(regions, maps[: len(cutter.roi_layers)], path)
+                _try(missed, given, f"roi_head.{name}", head, regions)
+    return missed, given
 
 
 def _list(module: Any) -> list[Any]:
@@ -186,9 +205,9 @@ def _list(module: Any) -> list[Any]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-def _try(missed: list[str], name: str, head: nn.Module, given: Any) -> None:
+def _try(missed: list[str], given: list[Any], name: str, head: nn.Module, maps: Any) -> None:
     try:
-        head(given)
+        given.append(head(maps))
     except Exception:  # a head that needs more than maps, such as DETR's: its name is in the report
         missed.append(name)
 

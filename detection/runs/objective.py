@@ -83,7 +83,7 @@ def _gate_scores(detector: nn.Module, config: Config, settings: Settings, space:
         start, out = Path(folder, "start.safetensors"), Path(folder, "scores.safetensors")
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in detector.state_dict().items()}
         start.write_bytes(dump_tensors(state))
-        hook = {"type": "GateHook", "kinds": settings.searched, "out": str(out)}
+        hook = {"type": "GateHook", "kinds": settings.searched, "out": str(out), "outside": settings.on == "detector"}
         hook |= settings.gates.model_dump(exclude={"train"})
         own.custom_hooks = [*(own.get("custom_hooks") or []), hook]
         train(own, start, Path(folder, "states"), "gates")

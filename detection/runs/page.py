@@ -75,7 +75,7 @@ def write_page(run: DetectionRun) -> Path:
             raise InputError(f"{run.folder / name} is not there; run `sidt detect {step} {run.folder}` first")
     found, rows = read_json(run.folder / SEARCH), read_json(run.folder / EVALUATION)
     detector, config = load_detector(existing(run, "dense", "train CONFIG"))
-    space = detector_space(detector, config.model, input_size(run))
+    space = detector_space(detector, config.model, input_size(run), outside=run.settings.on == "detector")
     plan = load_plan(run.folder / PLAN, space)
     before, final = rows["dense"], list(rows)[-1]
     after = rows[final]

@@ -129,7 +129,7 @@ def search(run: DetectionRun, say: Say) -> str:
         detector, config, original = *only_layers(detector, config), only_layers(detector, original)[1]
     source = checked(run, detector, TRAIN)
     split = split_data(run, source)
-    space = detector_space(detector, config.model, input_size(run))
+    space = detector_space(detector, config.model, input_size(run), outside=settings.on == "detector")
     _check_width(space, settings)
     space = whole(space) if settings.on == "detector" else space
     detector.to(resolve_device(settings.device))
@@ -329,7 +329,8 @@ def _check_width(space: DimensionSpace, settings: Settings) -> None:
 def _made_of(run: DetectionRun) -> dict[str, Any]:
     """What scores and moments depend on, whichever score it is."""
     weights = weights_digest(run.folder / "dense" / WEIGHTS)
-    return {"images": run.settings.score_images, "seed": run.settings.seed, "detector": weights}
+    made_of = {"images": run.settings.score_images, "seed": run.settings.seed, "detector": weights}
+    return made_of | ({"on": "detector"} if run.settings.on == "detector" else {})
 
 
 def _scores(

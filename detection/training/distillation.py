@@ -1,9 +1,11 @@
 """Training a sliced detector with the dense one as teacher, as a hook that any MMEngine config can name."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -12,7 +14,12 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from sidt.detection.detectors.checkpoints import load_detector
+from sidt.detection.detectors.configs import first_neck, input_size_of
+from sidt.detection.detectors.sliced_parts import SLICED
+from sidt.detection.detectors.space import map_channels
 from sidt.errors import InputError
+from sidt.files import read_json
+from sidt.space.axes import kept_indices
 from sidt.training.distillation import dissimilarity
 
 
@@ -42,6 +49,7 @@ class TeacherHook(Hook):
         self.teacher: Any = None
         self.handles: list[Any] = []
         self.maps: Sequence[Tensor] = ()
+        self.kept: Sequence[Tensor | None] = ()  # of each map, the teacher's channels that the student has
 
     def before_train(self, runner: Runner) -> None:
         """Load the teacher, and listen to the student."""
@@ -50,6 +58,7 @@ class TeacherHook(Hook):
         with torch.random.fork_rng(devices=[]):  # a detector draws its first weights: training goes on as without
             teacher, _ = load_detector(self.folder)
         self.teacher = teacher.requires_grad_(False).to(next(detector.parameters()).device)
+        self.kept = _kept(detector, runner.cfg)
         maps = detector.neck if detector.with_neck else detector.backbone
         self.handles = [
             maps.register_forward_hook(self._keep),
@@ -72,6 +81,7 @@ class TeacherHook(Hook):
             return losses
         with torch.no_grad():
             theirs = self.teacher.extract_feat(args[0] if args else kwargs["inputs"])
+            theirs = [m if k is None else m[:, k.to(m.device)] for m, k in zip_longest(theirs, self.kept)]
         shapes = [[list(m.shape) for m in maps] for maps in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise InputError(
@@ -80,3 +90,13 @@ class TeacherHook(Hook):
             )
         apart = [dissimilarity(a, b, (0, 2, 3)) for a, b in zip(mine, theirs, strict=True)]
         return {**losses, "loss_teacher": self.features * torch.stack(apart).sum()}
+
+
+def _kept(detector: nn.Module, config: Any) -> list[Tensor | None]:
+    """Of each map of a sliced neck, the channels of the dense one that it has; ``None``: all."""
+    if (first_neck(config.model)[0] or {}).get("type") != SLICED:
+        return []
+    plan = read_json(Path(config.model.backbone.plan))
+    keep = {name: np.array(kept, dtype=np.int64) for name, kept in plan["keep"].items()}
+    axes = map_channels(detector, input_size_of(config))
+    return [None if a is None else torch.from_numpy(kept_indices(a, plan["dense"], keep, {})) for a in axes]

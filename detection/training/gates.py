@@ -22,7 +22,7 @@ from sidt.space.families import INNER_KINDS, Kind
 
 @HOOKS.register_module()
 class GateHook(Hook):
-    """Trains gates of a detector's backbone together with its weights, on the detector's losses and ``loss_gates``.
+    """Trains gates of a detector's units together with its weights, on the detector's losses and ``loss_gates``.
 
     Training starts from ``load_from``, or from the weights of the config's ``init_cfg``. It ends with the scores,
     ``scores.safetensors``, and with the gates folded into the weights of the runner's model. Checkpoints in between
@@ -34,6 +34,7 @@ class GateHook(Hook):
         placement: see :func:`sidt.importance.gates.gated`.
         kinds: the kinds of dimensions that get gates.
         out: where the scores go; default: ``scores.safetensors`` in the runner's work folder.
+        outside: whether the channels of neck and heads get gates, too, as the units of the backbone do.
 
     Raises:
         InputError: when training starts: the backbone has no space, or the runner was not made from a config.
@@ -48,10 +49,11 @@ class GateHook(Hook):
         placement: Placement = "sidt",
         kinds: tuple[Kind, ...] = INNER_KINDS,
         out: str | None = None,
+        outside: bool = False,
     ) -> None:
         """Take the settings; the gates are made when training starts."""
         self.lambdas, self.speed, self.placement, self.kinds = lambdas, speed, placement, tuple(kinds)
-        self.out = None if out is None else Path(out)
+        self.out, self.outside = None if out is None else Path(out), outside
         self.gates: Gates | None = None
 
     def before_run(self, runner: Runner) -> None:
@@ -61,7 +63,7 @@ class GateHook(Hook):
             raise InputError("GateHook needs a runner made from a config, with model and optim_wrapper")
         wrapped = is_model_wrapper(runner.model)
         detector: nn.Module = runner.model.module if wrapped else runner.model
-        space = detector_space(detector, config.model, input_size_of(config))
+        space = detector_space(detector, config.model, input_size_of(config), outside=self.outside)
         # They act only once weights are there: MMEngine's initialisers write to what they read.
         self.gates = gated(detector, space, placement=self.placement, kinds=self.kinds, speed=self.speed, attach=False)
         if wrapped:  # it shares the gradients of the parameters it was made with

@@ -84,8 +84,9 @@ def time_plans(
 def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> Layers:
     """For each module that dimensions live in, the smallest that is called: what it is and its dimensions.
 
-    Modules with equal dense sizes, class and shapes of inputs are the same. Of the widths, those that are rotated; they
-    come after the other dimensions of a module. What is in none of these modules, such as the additions of a residual
+    Modules with equal dense sizes, class and shapes of inputs are the same. Several modules share a width, or the
+    channels of a detector's neck and heads; they come after the other dimensions of a module, and of the widths, those
+    that are rotated count. What is in none of these modules, such as the additions of a residual
     stream, does not follow the plan.
     """
     parameter = next(model.parameters())
@@ -113,21 +114,26 @@ def timed_layers(model: nn.Module, space: DimensionSpace, forward: Forward) -> L
 
     owners: dict[str, list[str]] = {}
     for dimension in space.dimensions.values():
-        if dimension.kind != "width":
+        if dimension.kind not in ("width", "channels"):
             owner = space.attention.get(dimension.per or dimension.name) or owner_of(dimension.name, space.places)
             owners.setdefault(called(owner), []).append(dimension.name)
     if "" in owners:
         raise InputError(f"{space.model}: {owners[''][0]} is in no module that is called, whose time could be taken")
-    for width in space.rotated():
+    for name in _shared(space):
         for tensor, place in space.places.items():
-            if any(width in axis_names(axis) for axis in place.axes):
+            if any(name in axis_names(axis) for axis in place.axes):
                 owner = called(tensor.rpartition(".")[0])
                 owner = next((o for o in owners if owner.startswith(f"{o}.")), owner)
                 if not any(o.startswith(f"{owner}." if owner else "") for o in owners if o != owner):
                     own = owners.setdefault(owner, [])
-                    own += [width] * (width not in own)
+                    own += [name] * (name not in own)
     sizes = space.sizes
     return {o: (f"{seen[o]} {[sizes[n] for n in names]}", tuple(names)) for o, names in owners.items()}
+
+
+def _shared(space: DimensionSpace) -> list[str]:
+    """The dimensions that several modules have whose time depends on them."""
+    return [d.name for d in space.dimensions.values() if d.ordered or d.kind == "channels"]
 
 
 def first_units(space: DimensionSpace, sizes: Mapping[str, int]) -> DimensionPlan:
@@ -203,23 +209,33 @@ def _points(
 ) -> list[dict[str, tuple[int, ...]]]:
     """For each model that is timed, where every layer stands on its grid; the dense model first.
 
-    Widths are of several layers at once. Every second one goes its own way, so that a layer between two of them is
-    timed at all of their sizes; where the two are as narrow, the other dimensions go through all of theirs.
+    Widths and channels are of several layers at once. Those that meet in a layer go different ways, so that it is timed
+    at all of their sizes; where all are as narrow, the other dimensions go through all of theirs.
     """
-    widths = space.rotated()
-    count = {w: len(_grid(space, [w])[0]) for w in widths}
+    shared = _shared(space)
+    ways = _apart(shared, [dims for _, dims in layers.values()])
+    count = {name: len(_grid(space, [name])[0]) for name in shared}
     inner = {n: [d for d in dims if d not in count] for n, (_, dims) in layers.items()}
     turns = {n: combinations(grids[what][: len(inner[n])]) for n, (what, _) in layers.items()}
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for even, odd in product(range(max(count.values(), default=1)), repeat=2):
-        at = {w: max(count[w] - 1 - (odd if i % 2 else even), 0) for i, w in enumerate(widths)}
-        for turn in range(max(map(len, turns.values())) if even == odd else 1):
+    for way in product(range(max(count.values(), default=1)), repeat=max(ways.values(), default=-1) + 1):
+        at = {name: max(count[name] - 1 - way[ways[name]], 0) for name in shared}
+        for turn in range(max(map(len, turns.values())) if len(set(way)) < 2 else 1):
             point = {
                 n: (*turns[n][turn % len(turns[n])], *(at[d] for d in dims if d in at))
                 for n, (_, dims) in layers.items()
             }
             found.setdefault(str(point), point)
     return list(found.values())
+
+
+def _apart(names: Sequence[str], together: Sequence[Sequence[str]]) -> dict[str, int]:
+    """A number for each name, the least that no name before it has that it stands together with anywhere."""
+    found: dict[str, int] = {}
+    for name in names:
+        taken = {found[other] for own in together if name in own for other in own if other in found}
+        found[name] = next(n for n in range(len(names)) if n not in taken)
+    return found
 
 
 def _sizes(

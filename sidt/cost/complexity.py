@@ -210,7 +210,7 @@ class ComplexityReport:
         return sum(row.macs for row in self.rows)
 
 
-_PRECEDENCE = ("mlp", "v", "qk", "heads", "width")
+_PRECEDENCE = ("channels", "mlp", "v", "qk", "heads", "width")
 
 
 def report(space: DimensionSpace, sizes: Mapping[str, int] | None = None, by: Group = "module") -> ComplexityReport:

@@ -84,7 +84,7 @@ def _interpolated(times: Float, axis: int, grid: Sequence[int], sizes: Array) ->
 
 @dataclass(frozen=True)
 class LayerLatencies:
-    """The latency of every plan of a space, of the kinds heads, qk, v and mlp, and of widths that are rotated.
+    """The latency of every plan of a space, of all kinds but widths that are not rotated.
 
     Attributes:
         space: the space of the dense model.
@@ -249,7 +249,9 @@ def grid_of(kind: str, size: int, *, fixed: bool = False) -> tuple[int, ...]:
     step = 1 if kind == "heads" else STEP
     if fixed or size <= step:
         return (size,)
-    wanted = size * (np.array([0.25, 0.5, 1]) if kind == "width" else np.linspace(0, 1, 9 if kind == "mlp" else 3))
+    wanted = size * (
+        np.array([0.25, 0.5, 1]) if kind in ("width", "channels") else np.linspace(0, 1, 9 if kind == "mlp" else 3)
+    )
     found = {max(step, round(w / step) * step) for w in wanted[:-1]}
     return (*sorted(s for s in found if s < size), size)
 

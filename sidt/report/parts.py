@@ -117,7 +117,7 @@ def kept(plan: DimensionPlan) -> Part:
     blocks = []
     for block in space.blocks():
         own = [d for d in space.in_block(block) if d.kind != "width"]
-        blocks.append((".".join(map(str, block)) or "pool", [_size(plan, d.name, _KINDS[d.kind]) for d in own]))
+        blocks.append((space.title(block), [_size(plan, d.name, _KINDS.get(d.kind, d.name)) for d in own]))
     says = "Filled squares are the heads that stay; a bar is the part of the dense size that is left."
     return {"kind": "kept", "caption": says, "widths": widths, "blocks": blocks}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sidt.allocation.curve import Point
 from sidt.files import replacing
+from sidt.space.families import KINDS
 from sidt.space.plan import DimensionPlan
 
 matplotlib.use("Agg")
@@ -19,7 +20,7 @@ matplotlib.use("Agg")
 def plot_kept(plan: DimensionPlan, path: Path) -> None:
     """Draw the kept share of every dimension: one row a kind, one column a block."""
     space, sizes = plan.space, plan.sizes
-    kinds = [k for k in ("heads", "qk", "v", "mlp", "width") if any(d.kind == k for d in space.dimensions.values())]
+    kinds = [k for k in KINDS[1:] + KINDS[:1] if any(d.kind == k for d in space.dimensions.values())]
     blocks = space.blocks()
     figure = Figure(figsize=(1.6 + 0.62 * max(len(blocks), 6), 1.2 + 0.55 * len(kinds)), layout="constrained")
     axes = figure.subplots()
@@ -41,7 +42,7 @@ def plot_kept(plan: DimensionPlan, path: Path) -> None:
                 color="black" if grid[row, column] > 0.45 else "white",
             )
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(blocks)), [".".join(map(str, b)) or "pool" for b in blocks])
+    axes.set_xticks(range(len(blocks)), [space.title(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block")
     axes.set_title("units kept (q/k and v: per head)")

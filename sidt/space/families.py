@@ -13,9 +13,9 @@ from sidt.files import load_yaml
 from sidt.space import axes
 from sidt.space.axes import ParsedLine
 
-Kind = Literal["width", "heads", "qk", "v", "mlp"]
+Kind = Literal["width", "heads", "qk", "v", "mlp", "channels"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-INNER_KINDS: tuple[Kind, ...] = ("heads", "qk", "v", "mlp")
+INNER_KINDS: tuple[Kind, ...] = ("heads", "qk", "v", "mlp", "channels")
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,20 @@ class DimensionPlan:
 
     def then(self, later: "DimensionPlan") -> "DimensionPlan":
         """The plan on the dense model that does this plan and then ``later``, a plan on the sliced model."""
-        if later.space.sizes != self.sizes:
+        # One of them may know the channels of a detector's neck and heads, and the other may not.
+        left, given = self.sizes, later.space.sizes
+        known = {n for n, d in {**self.space.dimensions, **later.space.dimensions}.items() if d.kind != "channels"}
+        if any(left.get(n) != given.get(n) for n in known | (left.keys() & given.keys())):
             raise InputError("the second plan is for a model of other sizes than the first plan leaves")
-        keep: dict[str, Array] = {}
+        keep: dict[str, Array] = {n: later.keep[n] for n in later.keep if n not in self.keep}
         for name, kept in self.keep.items():
+            if name not in later.keep:
+                keep[name] = kept
+                continue
             parent, chosen = self.space.dimensions[name].per, later.keep[name]
             rows = kept if parent is None else kept[later.keep[parent]]
             keep[name] = rows[chosen] if parent is None else np.take_along_axis(rows, chosen, axis=1)
-        return DimensionPlan(self.space, keep)
+        return DimensionPlan(self.space.joined(later.space), keep)
 
     def after(self, earlier: "DimensionPlan", space: DimensionSpace) -> "DimensionPlan":
         """What is left of this plan once an earlier one is done: the plan on the sliced model of which
@@ -101,11 +107,13 @@ class DimensionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
+        channels = [d.name for d in self.space.dimensions.values() if d.kind == "channels"]
         return {
             "format": _FORMAT,
             "model": self.space.model,
             "dense": self.space.sizes,
             "keep": {name: kept.tolist() for name, kept in self.keep.items()},
+            **({"channels": channels} if channels else {}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -151,9 +159,13 @@ def load_plan(path: str | Path, space: DimensionSpace) -> DimensionPlan:
 
 
 def plan_from_json(data: Any, space: DimensionSpace, source: str = "the plan") -> DimensionPlan:
-    """Check JSON values as a plan for ``space``; see :func:`load_plan`."""
+    """Check JSON values as a plan for ``space``; see :func:`load_plan`.
+
+    A backbone's space takes its part of a detector's plan, without the channels of the neck and the heads.
+    """
     if not isinstance(data, dict) or data.get("format") != _FORMAT or not isinstance(data.get("keep"), dict):
         raise InputError(f"{source} is not a dimension plan (expected a JSON object with format {_FORMAT!r} and keep)")
+    data = _without_channels(data, space)
     if data.get("model") != space.model or data.get("dense") != space.sizes:
         raise InputError(f"{source} was made for another model: {_difference(data, space)}")
     keep = {}
@@ -163,6 +175,14 @@ def plan_from_json(data: Any, space: DimensionSpace, source: str = "the plan") -
         except ValueError:
             raise InputError(f"{source}: the kept indices of {name} are lists of different lengths") from None
     return DimensionPlan(space, keep)
+
+
+def _without_channels(data: Mapping[str, Any], space: DimensionSpace) -> Mapping[str, Any]:
+    channels, dense = data.get("channels", []), data.get("dense")
+    if not isinstance(channels, list) or not isinstance(dense, dict):
+        return data
+    others = {name for name in channels if isinstance(name, str)} - set(space.dimensions)
+    return {**data, **{key: {n: v for n, v in data[key].items() if n not in others} for key in ("dense", "keep")}}
 
 
 def _difference(data: Mapping[str, Any], space: DimensionSpace) -> str:

@@ -109,9 +109,28 @@ class DimensionSpace:
         changed = {n: replace(d, ordered=True) for n, d in self.dimensions.items() if n in widths}
         return replace(self, dimensions={**self.dimensions, **changed})
 
+    def joined(self, other: "DimensionSpace") -> "DimensionSpace":
+        """This space with the channels of a detector's neck and heads that another space of the same model has."""
+        channels = {n: d for n, d in other.dimensions.items() if d.kind == "channels"}
+        places = {n: p for n, p in other.places.items() if any(axes.names(axis) & channels.keys() for axis in p.axes)}
+        attributes = {path: axis for path, axis in other.attributes.items() if axes.names(axis) & channels.keys()}
+        return replace(
+            self,
+            dimensions={**self.dimensions, **{n: d for n, d in channels.items() if n not in self.dimensions}},
+            places={**self.places, **places},
+            attributes={**self.attributes, **attributes},
+        )
+
     def blocks(self) -> list[tuple[int, ...]]:
-        """The indices of the blocks, in order of depth; last and without one, what stands in none (a pooling)."""
+        """The indices of the blocks, in order of depth; last and without one, what stands in none (a pooling, or the
+        channels of a detector's neck and heads).
+        """
         return sorted({d.index for d in self.dimensions.values() if d.kind != "width"}, key=lambda i: (not i, i))
+
+    def title(self, block: tuple[int, ...]) -> str:
+        """What a block is called."""
+        others = {d.kind for d in self.dimensions.values() if not d.index and d.kind != "width"}
+        return ".".join(map(str, block)) or ("outside" if others == {"channels"} else "pool")
 
     def mixing(self, name: str) -> list[str]:
         """The weights that have the units of a dimension as their rows and as their columns, as of talking heads."""

@@ -58,10 +58,12 @@ def compensate(model: Model, plan: DimensionPlan, moments: Moments) -> Model:
                 continue
             weight, bias = _with_bias(model, name)
             moment = moments.read_by(name)
+            taps = dense[0, 0].numel()  # columns of a convolution are input * taps + tap
+            columns = (columns[:, None] * taps + torch.arange(taps)).flatten()
             if bias is None:
                 moment = moment[:-1, :-1]
             else:
-                columns = torch.cat([columns, torch.tensor([dense.shape[1]])])
+                columns = torch.cat([columns, torch.tensor([dense.shape[1] * taps])])
             weight, near = weight[rows], weight[rows][:, columns]
             dropped = torch.ones(weight.shape[1], dtype=torch.bool)
             dropped[columns] = False
@@ -217,7 +219,7 @@ def readers(space: DimensionSpace) -> list[str]:
     for name, place in space.places.items():
         if name in space.trace.positions and len(place.axes) > 1:  # of a layer, not a table
             read = [space.dimensions[n] for n in names(place.axes[1])]
-            if read and {d.kind for d in read} <= {"heads", "v", "mlp"} and not any(d.normed for d in read):
+            if read and {d.kind for d in read} <= {"heads", "v", "mlp", "channels"} and not any(d.normed for d in read):
                 found.append(name)
     return found
 

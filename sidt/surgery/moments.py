@@ -163,7 +163,7 @@ def _is_wanted(space: DimensionSpace, axes: Any) -> bool:
     if len(axes) < 2:
         return False
     kinds = [{space.dimensions[n].kind for n in names(axis)} for axis in axes[:2]]
-    return "qk" in kinds[0] or bool(kinds[1] & {"heads", "v", "mlp"})
+    return "qk" in kinds[0] or bool(kinds[1] & {"heads", "v", "mlp", "channels"})
 
 
 def _with_one(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
         else:
             trains = getattr(module, leaf).requires_grad and tensor.numel() > 0
             setattr(module, leaf, nn.Parameter(tensor.clone(), requires_grad=trains))
-        _follow(module)
+        follow(module)
         if hasattr(module, "normalized_shape") and any(space.dimensions[n].normed for n in names(place.axes[0])):
             count_what_is_gone(module, axis_size(place.axes[0], space.sizes), name)
     sizes = plan.sizes
@@ -68,7 +68,7 @@ def slice_model(model: Model, plan: DimensionPlan) -> Model:
         if dimension.kind in VANISHING and dimension.size and not sizes[name]:
             _empty(list(_around(sliced, owner_of(name, space.places))), dimension, library)
     for path, axis in space.attributes.items():
-        _set_attribute(sliced, path, axis_size(axis, sizes))
+        set_attribute(sliced, path, axis_size(axis, sizes))
     if space.own is not None:
         sliced.sidt_family = space.own  # type: ignore[assignment]
     earlier = getattr(model, "sidt_plan", None)
@@ -223,7 +223,7 @@ def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
         path = path.rpartition(".")[0]
 
 
-def _follow(module: nn.Module) -> None:
+def follow(module: nn.Module) -> None:
     """Bring the sizes that torch's own layers repeat in step with their weights."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -232,11 +232,16 @@ def _follow(module: nn.Module) -> None:
         module.out_channels = module.weight.shape[0]
         module.groups = max(module.out_channels, 1) if depthwise else module.groups
         module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = len(module.weight)
     elif hasattr(module, "normalized_shape"):  # LayerNorm and RMSNorm, torch's and timm's
         module.normalized_shape = tuple(module.get_parameter("weight").shape)  # type: ignore[assignment]
 
 
-def _set_attribute(model: nn.Module, path: str, value: Any) -> None:
+def set_attribute(model: nn.Module, path: str, value: Any) -> None:
+    """Set what a dotted path through attributes, list positions and keys leads to."""
     owner, _, leaf = path.rpartition(".")
     target = get_attribute(model, owner) if owner else model
     if isinstance(target, dict):
@@ -244,6 +249,6 @@ def _set_attribute(model: nn.Module, path: str, value: Any) -> None:
     elif isinstance(target, list):
         target[int(leaf)] = value
     elif isinstance(target, tuple):
-        _set_attribute(model, owner, (*target[: int(leaf)], value, *target[int(leaf) + 1 :]))
+        set_attribute(model, owner, (*target[: int(leaf)], value, *target[int(leaf) + 1 :]))
     else:
         setattr(target, leaf, value)
