@@ -81,7 +81,7 @@ class TeacherHook(Hook):
             return losses
         with torch.no_grad():
             theirs = self.teacher.extract_feat(args[0] if args else kwargs["inputs"])
-            theirs = [m if k is None else m[:, k.to(m.device)] for m, k in zip_longest(theirs, self.kept)]
+            theirs = [_only(m, k) for m, k in zip_longest(theirs, self.kept)]
         shapes = [[list(m.shape) for m in maps] for maps in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise InputError(
@@ -100,3 +100,10 @@ def _kept(detector: nn.Module, config: Any) -> list[Tensor | None]:
     keep = {name: np.array(kept, dtype=np.int64) for name, kept in plan["keep"].items()}
     axes = map_channels(detector, input_size_of(config))
     return [None if a is None else torch.from_numpy(kept_indices(a, plan["dense"], keep, {})) for a in axes]
+
+
+def _only(features: Tensor, kept: Tensor | None) -> Tensor:
+    """The channels of a map that a student has; all, if it is not the map of what the student was sliced from."""
+    if kept is None or int(kept[-1]) >= features.shape[1]:
+        return features
+    return features[:, kept.to(features.device)]

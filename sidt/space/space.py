@@ -112,6 +112,8 @@ class DimensionSpace:
     def joined(self, other: "DimensionSpace") -> "DimensionSpace":
         """This space with the channels of a detector's neck and heads that another space of the same model has."""
         channels = {n: d for n, d in other.dimensions.items() if d.kind == "channels"}
+        if not channels:
+            return self
         places = {n: p for n, p in other.places.items() if any(axes.names(axis) & channels.keys() for axis in p.axes)}
         attributes = {path: axis for path, axis in other.attributes.items() if axes.names(axis) & channels.keys()}
         return replace(

@@ -110,7 +110,7 @@ def test_rows_worked_out_by_hand():
         sum(r) for r in zip(*(r for n, r in smaller.items() if "blocks" in n), strict=True)
     )
     by_kind = {r.name: (r.params, r.macs) for r in report(space, sizes, "kind").rows}
-    assert set(by_kind) == {*KINDS, "(none)"} - {"heads"}
+    assert set(by_kind) == {*KINDS, "(none)"} - {"heads", "channels"}
     assert by_kind["mlp"] == (6 * 5 + 5 + 5 * 6, 2 * 5 * 5 * 6) and by_kind["(none)"] == (3, 0)
     assert by_kind["qk"] == (2 * 2 * 6 + 2 * 2, 5 * 6 * 2 * 2 + 2 * 25)
 

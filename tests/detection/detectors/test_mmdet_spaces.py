@@ -132,7 +132,7 @@ def test_dense_models_with_the_same_weights_agree(name):
 
 
 @BOTH
-@pytest.mark.parametrize("kinds", [KINDS, *((kind,) for kind in KINDS)], ids="-".join)
+@pytest.mark.parametrize("kinds", [KINDS, *((kind,) for kind in KINDS if kind != "channels")], ids="-".join)
 def test_one_plan_makes_the_same_cut(name, kinds):
     theirs, ours, their_space, our_space, images = pair(name)
     plan = random_plan(their_space, 3, kinds)

@@ -23,6 +23,7 @@ from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import open_run
 from sidt.detection.training.distillation import TeacherHook
 from sidt.detection.training.loss import read_batches
+from sidt.space.plan import DimensionPlan
 from sidt.surgery.slicing import slice_model
 
 REST = """
@@ -59,6 +60,10 @@ def losses_of(detector, batch):
     return detector(**detector.data_preprocessor(copy.deepcopy(batch), True), mode="loss")
 
 
+def runner_of(model, run, name="dense"):
+    return SimpleNamespace(model=model, cfg=read_config(run / name / "config.py"))
+
+
 def gradients(detector, losses):
     return torch.autograd.grad(detector.parse_losses(losses)[0], list(detector.parameters()))
 
@@ -71,7 +76,7 @@ def test_a_teacher_that_is_the_student_adds_nothing(run, batch):
     student, _ = load_detector(run / "dense")
     student.train()
     before, keys = losses_of(student, batch), list(student.state_dict())
-    hook, runner = TeacherHook(str(run / "dense"), features=10), SimpleNamespace(model=student)
+    hook, runner = TeacherHook(str(run / "dense"), features=10), runner_of(student, run)
     torch.manual_seed(5)
     hook.before_train(runner)
     assert torch.initial_seed() == 5 and torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(5))
@@ -95,9 +100,30 @@ def test_the_loss_is_one_minus_the_correlation_of_every_channel(run, batch):
         for pair in zip(student.extract_feat(images), teacher.extract_feat(images), strict=True)
     ]
     hook = TeacherHook(str(run / "dense"), features=3)
-    hook.before_train(SimpleNamespace(model=student))
+    hook.before_train(runner_of(student, run))
     found = losses_of(student.train(), batch)["loss_teacher"]
     assert len(apart) == 2 and found > 0.01
+    assert_close(found, 3 * sum(one.mean() for one in apart), atol=1e-3, rtol=1e-3)
+
+
+def test_a_neck_with_fewer_channels_learns_what_it_has(run, batch, tmp_path):
+    """The correlations are with the teacher's channels that the student kept."""
+    teacher, config = load_detector(run / "dense")
+    space = detector_space(teacher, config.model, (3, 64, 64), outside=True)
+    kept = [1, 2, 3, 5, 8, 13]
+    plan = DimensionPlan(space, {"neck.fpn_convs.0.conv": kept, "neck.lateral_convs.0.conv": range(1, 16)})
+    save_detector(slice_model(teacher, plan), config, tmp_path / "sliced", tuple("0123456789"))
+    student, _ = load_detector(tmp_path / "sliced")
+    images = student.data_preprocessor(copy.deepcopy(batch), True)["inputs"]
+    maps = [d.extract_feat(images) for d in (student, teacher)]
+    pairs = [[(mine[:, i], theirs[:, c]) for i, c in enumerate(kept)] for mine, theirs in zip(*maps, strict=True)]
+    apart = [
+        torch.stack([1 - torch.corrcoef(torch.stack([m.flatten() for m in pair]))[0, 1] for pair in own])
+        for own in pairs
+    ]
+    hook = TeacherHook(str(run / "dense"), features=3)
+    hook.before_train(runner_of(student, tmp_path, "sliced"))
+    found = losses_of(student.train(), batch)["loss_teacher"]
     assert_close(found, 3 * sum(one.mean() for one in apart), atol=1e-3, rtol=1e-3)
 
 
@@ -107,11 +133,11 @@ def test_a_wrapped_student_learns(run, batch):
         student = load_detector(run / "sliced")[0].train()
         wrapped = MMDistributedDataParallel(student, device_ids=None)
         hook = TeacherHook(str(run / "dense"))
-        hook.before_train(SimpleNamespace(model=wrapped))
+        hook.before_train(runner_of(wrapped, run))
         optimizer = OptimWrapper(torch.optim.AdamW(student.parameters(), lr=1e-3))
         found = [wrapped.train_step(copy.deepcopy(batch), optimizer)["loss_teacher"].item() for _ in range(6)]
         assert found[-1] < found[0]
-        hook.after_train(SimpleNamespace(model=wrapped))
+        hook.after_train(runner_of(wrapped, run))
         assert not hooks_of(wrapped)
     finally:
         torch.distributed.destroy_process_group()
@@ -153,9 +179,9 @@ def test_mistakes(run, batch, tmp_path, refused):
         open_run(run, settings={"teacher": {"features": -1}})
     student = load_detector(run / "sliced")[0].train()
     with refused(tmp_path, "no detector"):
-        TeacherHook(str(tmp_path)).before_train(SimpleNamespace(model=student))
+        TeacherHook(str(tmp_path)).before_train(runner_of(student, run))
     config = read_config(run / "dense" / "config.py", {"model.neck.out_channels": 8, "model.bbox_head.in_channels": 8})
     save_detector(build_detector(config), config, tmp_path / "other", tuple("0123456789"))
-    TeacherHook(str(tmp_path / "other")).before_train(SimpleNamespace(model=student))
+    TeacherHook(str(tmp_path / "other")).before_train(runner_of(student, run))
     with refused("[4, 8, 12, 12]", "[4, 16, 12, 12]"):
         losses_of(student, batch)

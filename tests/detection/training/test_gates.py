@@ -147,8 +147,9 @@ def test_a_stopped_training_goes_on_with_its_gates(config, tmp_path):
     assert (last.parent / "scores.safetensors").is_file()
 
 
+@pytest.mark.parametrize("outside", [False, True], ids=["backbone", "all"])
 @pytest.mark.parametrize("placement", ["sidt", "vtp", "vit-slim"])
-def test_gates_of_a_whole_detector(config, placement):
+def test_gates_of_a_whole_detector(config, placement, outside):
     own = opened(config)
     torch.manual_seed(0)
     detector = build_detector(own).eval()
@@ -156,7 +157,10 @@ def test_gates_of_a_whole_detector(config, placement):
     with torch.no_grad():
         before = detector_loss(detector, batch)
         gates = gated(
-            detector, detector_space(detector, own.model, input_size_of(own)), placement=placement, kinds=KINDS
+            detector,
+            detector_space(detector, own.model, input_size_of(own), outside=outside),
+            placement=placement,
+            kinds=KINDS,
         )
         assert detector_loss(detector, batch) == before
         for parameter in gates.gates.values():
