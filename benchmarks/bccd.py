@@ -47,6 +47,7 @@ from sidt.training.devices import resolve_device
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
 SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
+WHOLE, WHOLE_SHARES = "whole", (0.5, 0.3, 0.2, 0.15, 0.12)  # the budget is the detector's
 SCORE_IMAGES = 128
 SCORES = "dense.json"  # of the dense detector, in the folder of a seed
 OURS, TAYLOR = "SiDT", "Taylor of each parameter"
@@ -56,6 +57,7 @@ TUNED = [
     *((OURS, "params", share) for share in SHARES),
     *((OURS, "macs", share) for share in (0.1, 0.05)),
     *((way, "params", 0.1) for way in (TAYLOR, "L2", "random")),
+    (OURS, WHOLE, 0.15),
 ]
 Way = Callable[[Budget], nn.Module]
 
@@ -95,6 +97,8 @@ def ways_of(detector: Any, config: Config, batches: list[Any], size: tuple[int, 
     scored = partial(criteria.taylor, detector, batches, detector_loss, space=space)
     return {
         OURS: with_width(detector, config, batches, size),
+        f"{OURS} {WHOLE}": with_width(detector, config, batches, size, on="detector", outside=True),
+        f"backbone {WHOLE}": with_width(detector, config, batches, size, on="detector"),
         TAYLOR: sliced(partial(scored, level="parameter")),
         "CORP": rival(corp),
         "VBP": rival(vbp),
@@ -141,7 +145,7 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
     if not (run.folder / SCORES).is_file():
         dense = pipeline.evaluate_detector(run.folder / "dense", config, input_size(run), per_class=True, latency=False)
         write_json(run.folder / SCORES, dense["bbox"])
-    for name, way in ways.items():
+    for name, way in ((name, way) for name, way in ways.items() if not name.endswith(WHOLE)):
         for kind in KINDS:
             file = run.folder / "curves" / f"{_plain(name)}-{kind}.json"
             if only not in f"{name} {kind}" or file.is_file():
@@ -157,6 +161,27 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
             click.echo(f"seed {seed}, {name}, {kind}: {[_percent(ap) for ap in found]}")
 
 
+def of_the_whole(run: DetectionRun, seed: int, only: str) -> None:
+    """Test AP without training where the budget is the detector's; a detector for each."""
+    _, config, ways = prepared(run, seed)
+    for name, way in ((name, way) for name, way in ways.items() if name.endswith(WHOLE)):
+        for share in WHOLE_SHARES:
+            place = run.folder / WHOLE / _plain(f"{name} {share}")
+            if only not in name or (place / "row.json").is_file():
+                continue
+            try:
+                small = way(Budget(macs=share))
+            except InputError as error:  # what cannot be reached is a result
+                click.echo(f"{name}, {share:.0%}: {error}")
+                write_json(place / "row.json", None)
+                continue
+            ap = curve(config, [small])[0]
+            save_detector(copy.deepcopy(small).cpu(), config, place, source_of(config, "train_dataloader").classes)
+            costs = parts(small.sidt_plan.space, small.sidt_plan.sizes)
+            write_json(place / "row.json", {"AP": ap, "macs": {part: row.macs for part, row in costs.items()}})
+            click.echo(f"seed {seed}, {name}, {share:.0%} of the detector: {_percent(ap)}")
+
+
 def tuned(run: DetectionRun, seed: int, only: str) -> None:
     """What is fine-tuned, and the dense detector trained on for as long; a folder for each."""
     detector, config, ways = prepared(run, seed)
@@ -165,7 +190,8 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
         if only not in _name(*row) or (place / "row.json").is_file():
             continue
         way, kind, share = row
-        small = detector if way == DENSE else ways[way](Budget(**{kind: share}))
+        made = ways[f"{way} {WHOLE}" if kind == WHOLE else way] if way != DENSE else None
+        small = detector if made is None else made(Budget(**{"macs" if kind == WHOLE else kind: share}))
         save_detector(
             copy.deepcopy(small).cpu(), config, place / "sliced", source_of(config, "train_dataloader").classes
         )
@@ -187,7 +213,8 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
 
 
 def _name(way: str, kind: str, share: float) -> str:
-    return way if way == DENSE else f"{way}, {share:.0%} of the {KINDS[kind]}"
+    counted = "detector's MACs" if kind == WHOLE else KINDS.get(kind)
+    return way if way == DENSE else f"{way}, {share:.0%} of the {counted}"
 
 
 def _plain(name: str) -> str:
@@ -204,6 +231,15 @@ def latencies(run: DetectionRun) -> dict[str, float]:
     for row in (row for row in finished([run.folder]) if row[0] in (DENSE, OURS)):
         detector = load_detector(run.folder / "rows" / _plain(_name(*row)))[0].eval()
         calls[_name(*row)] = partial(_infer, detector, torch.randn(1, *size))
+    return time_in_turn(calls, rounds=9, seconds=120)
+
+
+def whole_latencies(run: DetectionRun) -> dict[str, float]:
+    """Milliseconds of the detectors of :func:`of_the_whole`, and of the dense one, all in turn."""
+    size, calls = input_size(run), dict[str, Callable[[], None]]()
+    for folder in (run.folder / "dense", *sorted((run.folder / WHOLE).iterdir())):
+        if (folder / CONFIG).is_file():
+            calls[folder.name] = partial(_infer, load_detector(folder)[0].eval(), torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
 
 
@@ -246,6 +282,23 @@ def _title(file: str) -> str:
     return (OURS, f"{TAYLOR} (Torch-Pruning's score)", "CORP", "VBP", "L2", "random")[_order(file)]
 
 
+def whole_table(folders: list[Path], times: dict[str, float]) -> str:
+    """AP without training, where its MACs are, and latency, by what is left of the detector."""
+    lines = []
+    for way, title in ((f"{OURS} {WHOLE}", "backbone, neck and head"), (f"backbone {WHOLE}", "backbone alone")):
+        for share in WHOLE_SHARES:
+            place = _plain(f"{way} {share}")
+            found = [read_json(folder / WHOLE / place / "row.json") for folder in folders]
+            if any(own is None for own in found):
+                lines.append([title, f"{share:.0%}", *"-----"])
+                continue
+            first, total = found[0]["macs"], sum(found[0]["macs"].values())
+            split = [f"{first[part] / total:.0%}" for part in ("backbone", "neck", "bbox_head")]
+            lines.append([title, f"{share:.0%}", spread([own["AP"] for own in found]), *split, f"{times[place]:.1f}"])
+    headers = ["cut", "detector's MACs", "AP", "of these: backbone", "neck", "head", "ms, detector"]
+    return table(headers, lines, "md")
+
+
 def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
     """Scores of the fine-tuned detectors."""
     lines = []
@@ -272,8 +325,8 @@ def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--runs", default="runs/bccd", type=click.Path(path_type=Path), show_default=True)
-@click.option("--steps", default="train,untrained,tuned,write", show_default=True)
-@click.option("--only", default="", help="Rows whose name holds this; for the steps untrained and tuned.")
+@click.option("--steps", default="train,untrained,whole,tuned,write", show_default=True)
+@click.option("--only", default="", help="Rows whose name holds this; for the steps untrained, whole and tuned.")
 @click.option("--epochs", type=int, help="Of every training, to try the benchmark.")
 @click.option("--where", type=click.Path(path_type=Path), help="A file with the environment of the trainings.")
 @click.option("--out", default=str(HERE / "results" / "bccd"), type=click.Path(path_type=Path))
@@ -289,6 +342,8 @@ def main(
             train(run)
         if "untrained" in wanted:
             untrained(run, seed, only)
+        if WHOLE in wanted:
+            of_the_whole(run, seed, only)
         if "tuned" in wanted:
             tuned(run, seed, only)
     if "environment" in wanted:
@@ -297,7 +352,9 @@ def main(
         return
     here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}"}
     done = finished(folders)
-    times = latencies(open_seed(numbers[0], folders[0], data, epochs)) if done else {}
+    first = open_seed(numbers[0], folders[0], data, epochs)
+    times = latencies(first) if done else {}
+    whole_times = whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
     text = [
         f"{SOURCE.name}: a small Swin and ATSS, trained from random weights on BCCD's 292 training images but those "
         "that are held out, tested on its 72 test images. COCO box AP in percent, mean +- standard deviation over the "
@@ -309,6 +366,11 @@ def main(
         "Without training:",
         *(untrained_table(folders, kind) for kind in KINDS),
         dense_line(folders),
+        "Without training, where the budget is that of the whole detector: with the channels of neck and head as "
+        f"dimensions, and without. Dense: {whole_times['dense']:.1f} ms, of the first seed, as all here."
+        if whole_times
+        else "",
+        whole_table(folders, whole_times) if whole_times else "",
         "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
         "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
         tuned_table(folders, times) if done else "None yet.",
@@ -317,6 +379,7 @@ def main(
         folder.name: {
             "curves": {f.stem: read_json(f) for f in sorted((folder / "curves").glob("*.json"))},
             "rows": {f.parent.name: read_json(f) for f in sorted((folder / "rows").glob("*/row.json"))},
+            WHOLE: {f.parent.name: read_json(f) for f in sorted((folder / WHOLE).glob("*/row.json"))},
         }
         for folder in folders
     }
@@ -327,10 +390,10 @@ def main(
         out,
         "Blood cells, bccd_swin.py",
         here,
-        "\n\n".join(text),
-        {"trained on": trained_on, "seeds": facts, "ms": times},
+        "\n\n".join(filter(None, text)),
+        {"trained on": trained_on, "seeds": facts, "ms": times, "ms of the whole": whole_times},
     )
-    click.echo("\n\n".join(text))
+    click.echo("\n\n".join(filter(None, text)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from sidt.detection.data.digits import write_digits
 from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
 from sidt.detection.detectors.pyramid import only_layers
-from sidt.detection.detectors.space import detector_space, parts
+from sidt.detection.detectors.space import detector_space, parts, whole
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
 from sidt.detection.training.evaluation import average_precision
@@ -171,14 +171,24 @@ def methods(
 
 
 def with_width(
-    detector: nn.Module, config: Config, batches: list[Any], size: InputSize
+    detector: nn.Module,
+    config: Config,
+    batches: list[Any],
+    size: InputSize,
+    *,
+    on: str = "backbone",
+    outside: bool = False,
 ) -> Callable[[Budget], nn.Module]:
-    """The backbone's width with the other dimensions, by the plain ranking, as ``sidt detect search`` starts."""
+    """The backbone's width with the other dimensions, by the plain ranking, as ``sidt detect search`` starts.
+
+    The budget is of the backbone, or ``on`` the detector; ``outside``, the channels of neck and head are dimensions.
+    """
 
     @cache
     def scored() -> tuple[nn.Module, Moments, Importance]:
-        plain, own = only_layers(detector, config)
-        space = detector_space(plain, own.model, size)
+        plain, own = (detector, config) if on == "detector" else only_layers(detector, config)
+        space = detector_space(plain, own.model, size, outside=outside)
+        space = whole(space) if on == "detector" else space
         base, moments = align(plain, measure_moments(plain, batches, forward=detector_loss, space=space))
         return base, moments, criteria.taylor(base, batches, detector_loss, space=moments.space)
 
