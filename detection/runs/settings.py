@@ -47,7 +47,8 @@ class Settings(BaseModel):
 
     Attributes:
         budget: what the sliced detector may cost.
-        on: whether the budget is that of the backbone or of the whole detector.
+        on: whether the budget is that of the backbone or of the whole detector; then the channels of neck and heads are
+            searched too, of the kind ``channels``.
         input_size: channels, height, width of the image that costs are stated at; None: the test pipeline's.
         holdout: training images held out for the search, and as many again to judge what it found: a fraction, or
             a number.

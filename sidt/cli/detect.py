@@ -119,7 +119,11 @@ def train(source: Path, holdout: str | None, amp: bool, launcher: str, **argumen
     help="Weights of the trained detector: MMDetection's .pth, or safetensors.",
 )
 @budgeted
-@click.option("--on", type=click.Choice(["backbone", "detector"]), help="What the budget is of; default: backbone.")
+@click.option(
+    "--on",
+    type=click.Choice(["backbone", "detector"]),
+    help="What the budget is of; default: backbone. Of the detector, the channels of neck and heads are searched too.",
+)
 @click.option("--score", type=click.Choice(["taylor", "fisher", "magnitude", "random"]), help="The importance.")
 @click.option("--score-images", type=int, help="Training images that the importance is measured on.")
 @click.option("--objective", type=click.Choice(["ap", "loss"]), help="What trials are judged by on held-out images.")

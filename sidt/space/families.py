@@ -134,8 +134,9 @@ def _lines(tree: Mapping[str, Any], file: Path) -> tuple[Line, ...]:
 def _axis_rule(name: str, text: str, file: Path) -> tuple[str, AxisRule]:
     base, *variables = name.split(".")
     match = re.fullmatch(r"(?P<kind>\w+)(?:\s+per\s+(?P<per>\w+))?", text.strip())
-    if match is None or match["kind"] not in KINDS:
-        raise InputError(f"{file}: axis {name} is {text!r}; write one of {', '.join(KINDS)}, or '<kind> per <axis>'")
+    kinds = [kind for kind in KINDS if kind != "channels"]  # those are seen in a detector, and not written
+    if match is None or match["kind"] not in kinds:
+        raise InputError(f"{file}: axis {name} is {text!r}; write one of {', '.join(kinds)}, or '<kind> per <axis>'")
     return base, AxisRule(tuple(v.strip("{}") for v in variables), match["kind"], match["per"])
 
 
