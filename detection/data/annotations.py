@@ -83,9 +83,29 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 def _parsed(path: Path) -> Any:
     try:
-        return orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return read_json(path)  # says what is wrong; NaN, which JSON has not, is refused by what it is in
+        text = path.read_bytes()
+        data = orjson.loads(text)
+        # Of two equal keys, orjson takes the last: the text then has a colon more. One may be written as an escape.
+        as_read = text.count(b":") == _colons(data) and b"\\u003" not in text
+    except (OSError, orjson.JSONDecodeError, RecursionError):
+        as_read = False
+    return data if as_read else read_json(path)  # says what is wrong; of NaN, which JSON has not, what it is in
+
+
+def _colons(value: Any) -> int:
+    """The colons in the text of a JSON value; in a list that begins with a number, none are looked for."""
+    kind, count = type(value), 0
+    if kind is dict:
+        for key, part in value.items():
+            count += 1 + key.count(":")
+            if type(part) in (str, list, dict):
+                count += _colons(part)
+    elif kind is list:
+        if value and type(value[0]) in (str, list, dict):
+            count = sum(map(_colons, value))
+    elif kind is str:
+        count = value.count(":")
+    return count
 
 
 def _check(path: Path, data: Any) -> None:

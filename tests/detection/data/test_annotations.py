@@ -9,7 +9,8 @@ import pytest
 from mmdet.datasets import CocoDataset
 from pycocotools.mask import encode
 
-from sidt.detection.data.annotations import Summary, check_annotations, write_subsets
+from sidt.detection.data import annotations
+from sidt.detection.data.annotations import Summary, check_annotations, read_annotations, write_subsets
 
 CROWD = {"counts": [0, 400], "size": [20, 20]}
 
@@ -64,6 +65,39 @@ def test_kept_boxes_are_those_of_mmdetection(tmp_path, classes):
     summary = check_annotations(path, classes=classes)
     assert summary.boxes == sum(not one["ignore_flag"] for one in kept)
     assert summary.boxes + summary.crowd == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"image_id":', '"image_id": 3, "image_id":'),
+        ('"bbox":', '"bbox" : [1, 2, 3, 4], "bbox":'),
+        ('"images":', '"images": [], "images":'),
+        ('"iscrowd":', '"i\\u0073crowd": 0, "iscrowd":'),
+        ('"id":', '"\\u003a": 1, "id": 7, "id":'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, refused, old, new):
+    path = write(tmp_path, instances())
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with refused(path, "is there twice"):
+        read_annotations(path)
+
+
+def test_colons_that_are_no_keys(tmp_path, monkeypatch):
+    """In names, values, lists of both, and with spaces: read as they are, most of them by the fast parser alone."""
+    data = instances()
+    data["info"] = {"a:b": "12:30:00", "urls": ["http://x:1", {"u:v": ["::"]}], "none": [], "3": [1, "a:b", {"c": 1}]}
+    path = write(tmp_path, data)
+    spaced = tmp_path / "spaced.json"
+    spaced.write_text(json.dumps(data, separators=(" , ", " : ")))
+    assert read_annotations(path) == read_annotations(spaced) == data
+    del data["info"]["3"]  # a list that begins with a number may hold others
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(annotations, "read_json", lambda path: 1 / 0)
+    assert read_annotations(path) == data
 
 
 def broken(change) -> dict:
