@@ -93,19 +93,16 @@ def _parsed(path: Path) -> Any:
 
 
 def _colons(value: Any) -> int:
-    """The colons in the text of a JSON value; in a list that begins with a number, none are looked for."""
-    kind, count = type(value), 0
+    """The colons in the text of a JSON value, but those in keys and in lists that begin with a number."""
+    kind = type(value)
     if kind is dict:
-        for key, part in value.items():
-            count += 1 + key.count(":")
-            if type(part) in (str, list, dict):
-                count += _colons(part)
-    elif kind is list:
-        if value and type(value[0]) in (str, list, dict):
-            count = sum(map(_colons, value))
-    elif kind is str:
-        count = value.count(":")
-    return count
+        return len(value) + sum(_colons(part) for part in value.values() if type(part) in _HOLDERS)
+    if kind is list:
+        return sum(map(_colons, value)) if value and type(value[0]) in _HOLDERS else 0
+    return value.count(":") if kind is str else 0
+
+
+_HOLDERS = (str, list, dict)
 
 
 def _check(path: Path, data: Any) -> None:
