@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import mmdet
 import numpy as np
 import pytest
 import torch
@@ -19,13 +20,15 @@ from sidt.allocation.greedy import allocate
 from sidt.allocation.timing import measure_layers
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
+from sidt.detection.detectors.channels import channels_outside
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
-from sidt.detection.detectors.configs import read_config
+from sidt.detection.detectors.configs import build_detector, read_config
 from sidt.detection.detectors.space import _run_heads, detector_space, map_channels, parts, predict, whole
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.space.plan import DimensionPlan, load_plan
-from sidt.space.space import space_for
+from sidt.space.space import DimensionSpace, Place, space_for
+from sidt.space.trace import Trace
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments
 from sidt.surgery.slicing import mask_model, slice_model
@@ -366,3 +369,45 @@ def test_the_maps_of_a_sliced_neck():
     axes = map_channels(detector, SIZE)
     assert set(axes) == {(("neck.fpn_convs.0.conv",),)} and len(axes) == 4
     assert map_channels(slice_model(detector, random_plan(space, 0)), SIZE) == axes
+
+
+OWN = {  # configs of MMDetection, and how many dimensions their necks and heads have
+    "retinanet/retinanet_r50_fpn_1x_coco": 10,
+    "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco": 10,
+    "atss/atss_r50_fpn_1x_coco": 10,
+    "gfl/gfl_r50_fpn_1x_coco": 10,
+    "paa/paa_r50_fpn_1x_coco": 10,
+    "vfnet/vfnet_r50_fpn_1x_coco": 7,
+    "tood/tood_r50_fpn_1x_coco": 6,
+    "foveabox/fovea_r50_fpn_4xb4-1x_coco": 10,
+    "fsaf/fsaf_r50_fpn_1x_coco": 10,
+    "yolof/yolof_r50-c5_8xb8-1x_coco": 16,
+    "yolox/yolox_s_8xb8-300e_coco": 27,
+    "rtmdet/rtmdet_tiny_8xb32-300e_coco": 13,
+    "pafpn/faster-rcnn_r50_pafpn_1x_coco": 8,
+    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco": 5,
+    "mask_rcnn/mask-rcnn_r50_fpn_1x_coco": 8,
+    "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco": 9,
+    "detr/detr_r50_8xb2-150e_coco": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN)
+def test_necks_and_heads_of_mmdetection(name):
+    """The neck and the heads of its configs, behind a backbone whose space is not asked for."""
+    path = Path(mmdet.__file__).parent / ".mim" / "configs" / f"{name}.py"
+    config = read_config(path)
+    torch.manual_seed(0)
+    detector = shake(build_detector(config)).eval()
+    size = (3, 128, 128)
+    places = {n: Place(tuple(((s,),) for s in p.shape), n, False) for n, p in detector.named_parameters()}
+    nothing = Trace({}, {"": 0}, size, (), {})
+    bare = DimensionSpace("", "", {}, places, {}, {}, "sidt.surgery.attention", nothing, {})
+    space = channels_outside(detector, size, _run_heads).within(bare)
+    assert len(channels(space)) == OWN[name]
+    if OWN[name]:
+        plan = random_plan(space, 0, ("channels",))
+        sliced, masked = slice_model(detector, plan), mask_model(detector, plan)
+        for seen, wanted in zip(outputs(sliced), outputs(masked), strict=True):
+            assert_close(seen, wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().max())))
