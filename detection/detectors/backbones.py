@@ -277,7 +277,7 @@ def sliced_backbone(dense: Mapping[str, Any], plan: str, space: str | None = Non
     # had no position embeddings.
     channels = dense.get("in_channels", dense.get("in_chans", 3))  # Swin's and PVT's, or ViTDet's
     own = (channels, *to_2tuple(dense.get("pretrain_img_size", 224)))
-    kept = load_plan(plan, space_for(module, None if prefix else own, file=space))
+    kept = load_plan(plan, space_for(module, None if prefix else own, file=space), part=True)
     if not all(kept.sizes.values()) and not backbone.is_init:
         backbone.init_weights()  # before, as MMDetection's PVT divides by the channels of each convolution
         return slice_backbone(backbone, kept)

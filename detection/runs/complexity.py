@@ -11,7 +11,7 @@ from sidt.detection.detectors.checkpoints import CONFIG
 from sidt.detection.detectors.configs import build_detector, input_size_of, read_config
 from sidt.detection.detectors.space import detector_space, not_counted, parts
 from sidt.report.tables import Format, table
-from sidt.space.plan import load_plan
+from sidt.space.plan import has_channels, load_plan
 from sidt.space.trace import InputSize
 
 _LEFT = (0.8, 0.6)  # of the backbone's parameters
@@ -38,7 +38,7 @@ def complexity_text(source: str, plan: Path | None, input_size: InputSize | None
     config = read_config(path)
     detector = build_detector(config)
     size = input_size or input_size_of(config)
-    space = detector_space(detector, config.model, size)
+    space = detector_space(detector, config.model, size, outside=plan is not None and has_channels(plan))
     if plan is not None:
         columns: dict[str, Any] = {"dense": None, "sliced": load_plan(plan, space).sizes}
         note = ""

@@ -47,7 +47,7 @@ from sidt.report.parts import (
 from sidt.runs import provenance
 from sidt.runs.answers import in_turn
 from sidt.runs.page import search_section
-from sidt.space.plan import load_plan
+from sidt.space.plan import has_channels, load_plan
 from sidt.training.devices import resolve_device
 
 _MOST = 6  # images shown
@@ -75,7 +75,7 @@ def write_page(run: DetectionRun) -> Path:
             raise InputError(f"{run.folder / name} is not there; run `sidt detect {step} {run.folder}` first")
     found, rows = read_json(run.folder / SEARCH), read_json(run.folder / EVALUATION)
     detector, config = load_detector(existing(run, "dense", "train CONFIG"))
-    space = detector_space(detector, config.model, input_size(run), outside=run.settings.on == "detector")
+    space = detector_space(detector, config.model, input_size(run), outside=has_channels(run.folder / PLAN))
     plan = load_plan(run.folder / PLAN, space)
     before, final = rows["dense"], list(rows)[-1]
     after = rows[final]

@@ -149,23 +149,32 @@ def _checked(dimension: Dimension, kept: Array, rows: tuple[int, ...]) -> Array:
     return kept
 
 
-def load_plan(path: str | Path, space: DimensionSpace) -> DimensionPlan:
+def load_plan(path: str | Path, space: DimensionSpace, *, part: bool = False) -> DimensionPlan:
     """Read a plan for the model that ``space`` describes.
+
+    Args:
+        path: the file.
+        space: the model's.
+        part: whether the plan may be a detector's, of which this is the backbone: the channels of its neck and heads
+            are then left out.
 
     Raises:
         InputError: the file is missing, damaged, not a plan, or made for a model of another class or sizes.
     """
-    return plan_from_json(read_json(Path(path)), space, str(path))
+    data = read_json(Path(path))
+    return plan_from_json(_without_channels(data, space) if part else data, space, str(path))
+
+
+def has_channels(path: str | Path) -> bool:
+    """Whether a plan's file is of a detector with the channels of its neck and heads."""
+    data = read_json(Path(path))
+    return isinstance(data, dict) and bool(data.get("channels"))
 
 
 def plan_from_json(data: Any, space: DimensionSpace, source: str = "the plan") -> DimensionPlan:
-    """Check JSON values as a plan for ``space``; see :func:`load_plan`.
-
-    A backbone's space takes its part of a detector's plan, without the channels of the neck and the heads.
-    """
+    """Check JSON values as a plan for ``space``; see :func:`load_plan`."""
     if not isinstance(data, dict) or data.get("format") != _FORMAT or not isinstance(data.get("keep"), dict):
         raise InputError(f"{source} is not a dimension plan (expected a JSON object with format {_FORMAT!r} and keep)")
-    data = _without_channels(data, space)
     if data.get("model") != space.model or data.get("dense") != space.sizes:
         raise InputError(f"{source} was made for another model: {_difference(data, space)}")
     keep = {}
@@ -177,12 +186,12 @@ def plan_from_json(data: Any, space: DimensionSpace, source: str = "the plan") -
     return DimensionPlan(space, keep)
 
 
-def _without_channels(data: Mapping[str, Any], space: DimensionSpace) -> Mapping[str, Any]:
-    channels, dense = data.get("channels", []), data.get("dense")
-    if not isinstance(channels, list) or not isinstance(dense, dict):
+def _without_channels(data: Any, space: DimensionSpace) -> Any:
+    if not isinstance(data, dict) or not isinstance(channels := data.get("channels"), list):
         return data
     others = {name for name in channels if isinstance(name, str)} - set(space.dimensions)
-    return {**data, **{key: {n: v for n, v in data[key].items() if n not in others} for key in ("dense", "keep")}}
+    own = {key: part for key, part in data.items() if key in ("dense", "keep") and isinstance(part, dict)}
+    return {**data, **{key: {n: v for n, v in part.items() if n not in others} for key, part in own.items()}}
 
 
 def _difference(data: Mapping[str, Any], space: DimensionSpace) -> str:

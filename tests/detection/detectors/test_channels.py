@@ -214,13 +214,16 @@ def test_the_backbone_takes_its_part_of_a_plan(tmp_path):
     detector, _, space = made("ATSS")
     plan = random_plan(space, 0)
     plan.save(tmp_path / "plan.json")
-    part = load_plan(tmp_path / "plan.json", space_for(detector.backbone, SIZE))
+    inner = space_for(detector.backbone, SIZE)
+    part = load_plan(tmp_path / "plan.json", inner, part=True)
+    with pytest.raises(InputError, match="made for another model"):
+        load_plan(tmp_path / "plan.json", inner)
     assert set(part.sizes) == set(plan.sizes) - set(channels(space))
     data = read_json(tmp_path / "plan.json")
     data["channels"] = []
     write_json(tmp_path / "plan.json", data)
     with pytest.raises(InputError, match="made for another model"):
-        load_plan(tmp_path / "plan.json", space_for(detector.backbone, SIZE))
+        load_plan(tmp_path / "plan.json", inner, part=True)
 
 
 @pytest.mark.parametrize(

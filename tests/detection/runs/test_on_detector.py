@@ -57,6 +57,12 @@ def test_the_files_fit_each_other(run):
     assert losses and all(loss is None or loss > 0 for loss in losses)
 
 
+def test_the_complexity_is_that_of_the_run(run):
+    result = CliRunner().invoke(cli, ["complexity", str(run), "--format", "json"], standalone_mode=False)
+    found, rows = json.loads(result.output)["models"]["sliced"], json.loads((run / "evaluation.json").read_text())
+    assert {n: part["macs"] for n, part in found.items() if n != "total"} == rows["sliced"]["macs"]
+
+
 def test_the_page_shows_them(run):
     page = Page(run / "report.html")
     page.check()
