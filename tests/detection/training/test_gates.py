@@ -171,17 +171,18 @@ def test_gates_of_a_whole_detector(config, placement, outside):
         assert_close(detector_loss(detector, batch), moved, rtol=1e-5, atol=1e-5)
 
 
-def test_settings_give_scores_and_leave_the_detector(config, tmp_path):
+@pytest.mark.parametrize("on", ["backbone", "detector"])
+def test_settings_give_scores_and_leave_the_detector(config, on):
     own = opened(config)
     own.custom_hooks = []
     torch.manual_seed(0)
     detector = build_detector(own)
-    space = detector_space(detector, own.model, input_size_of(own))
+    space = detector_space(detector, own.model, input_size_of(own), outside=on == "detector")
     state = copy.deepcopy(detector.state_dict())
     said = []
-    chosen = Settings(score="gates", gates={"lambdas": 1e-2, "speed": 5.0})
+    chosen = Settings(score="gates", on=on, gates={"lambdas": 1e-2, "speed": 5.0})
     scores = measured_scores(detector, own, chosen, space, images_of(own, chosen), said.append).scores
-    assert all(np.ptp(scores[d.name]) > 0 for d in space.dimensions.values() if d.kind == "mlp")
+    assert all(np.ptp(scores[d.name]) > 0 for d in space.dimensions.values() if d.kind in ("mlp", "channels"))
     assert "gates" in said[-1]
     assert list(detector.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in detector.state_dict().items())
