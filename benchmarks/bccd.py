@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from cells import RivalError, Setting
 from mmengine.config import Config
@@ -48,6 +49,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
 SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
 WHOLE, WHOLE_SHARES = "whole", (0.5, 0.3, 0.2, 0.15, 0.12)  # the budget is the detector's
+FAST = (0.5, 0.4)  # of its latency
 SCORE_IMAGES = 128
 SCORES = "dense.json"  # of the dense detector, in the folder of a seed
 OURS, TAYLOR = "SiDT", "Taylor of each parameter"
@@ -163,14 +165,14 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
 
 def of_the_whole(run: DetectionRun, seed: int, only: str) -> None:
     """Test AP without training where the budget is the detector's; a detector for each."""
-    _, config, ways = prepared(run, seed)
+    dense, config, ways = prepared(run, seed)
     for name, way in ((name, way) for name, way in ways.items() if name.endswith(WHOLE)):
-        for share in WHOLE_SHARES:
-            place = run.folder / WHOLE / _plain(f"{name} {share}")
-            if only not in name or (place / "row.json").is_file():
+        for kind, share in [*(("macs", share) for share in WHOLE_SHARES), *(("latency", share) for share in FAST)]:
+            place = run.folder / WHOLE / _place(name, kind, share)
+            if only not in f"{name} {kind}" or (place / "row.json").is_file():
                 continue
             try:
-                small = way(Budget(macs=share))
+                small = way(Budget(**{kind: share}))
             except InputError as error:  # what cannot be reached is a result
                 click.echo(f"{name}, {share:.0%}: {error}")
                 write_json(place / "row.json", None)
@@ -178,8 +180,13 @@ def of_the_whole(run: DetectionRun, seed: int, only: str) -> None:
             ap = curve(config, [small])[0]
             save_detector(copy.deepcopy(small).cpu(), config, place, source_of(config, "train_dataloader").classes)
             costs = parts(small.sidt_plan.space, small.sidt_plan.sizes)
-            write_json(place / "row.json", {"AP": ap, "macs": {part: row.macs for part, row in costs.items()}})
-            click.echo(f"seed {seed}, {name}, {share:.0%} of the detector: {_percent(ap)}")
+            row: dict[str, Any] = {"AP": ap, "macs": {part: row.macs for part, row in costs.items()}}
+            if kind == "latency":
+                image, pair = torch.randn(1, *input_size(run)), {"dense": dense.eval(), "small": small.eval()}
+                calls = {each: partial(_infer, detector, image) for each, detector in pair.items()}
+                row["ms"] = time_in_turn(calls, rounds=9, seconds=15)
+            write_json(place / "row.json", row)
+            click.echo(f"seed {seed}, {name}, {share:.0%} of the detector's {kind}: {_percent(ap)} {row.get('ms', '')}")
 
 
 def tuned(run: DetectionRun, seed: int, only: str) -> None:
@@ -232,6 +239,10 @@ def latencies(run: DetectionRun) -> dict[str, float]:
         detector = load_detector(run.folder / "rows" / _plain(_name(*row)))[0].eval()
         calls[_name(*row)] = partial(_infer, detector, torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
+
+
+def _place(way: str, kind: str, share: float) -> str:
+    return _plain(f"{way} {share}" if kind == "macs" else f"{way} {kind} {share}")
 
 
 def whole_latencies(run: DetectionRun) -> dict[str, float]:
@@ -287,7 +298,7 @@ def whole_table(folders: list[Path], times: dict[str, float]) -> str:
     lines = []
     for way, title in ((f"{OURS} {WHOLE}", "backbone, neck and head"), (f"backbone {WHOLE}", "backbone alone")):
         for share in WHOLE_SHARES:
-            place = _plain(f"{way} {share}")
+            place = _place(way, "macs", share)
             found = [read_json(folder / WHOLE / place / "row.json") for folder in folders]
             if any(own is None for own in found):
                 lines.append([title, f"{share:.0%}", *"-----"])
@@ -296,6 +307,25 @@ def whole_table(folders: list[Path], times: dict[str, float]) -> str:
             split = [f"{first[part] / total:.0%}" for part in ("backbone", "neck", "bbox_head")]
             lines.append([title, f"{share:.0%}", spread([own["AP"] for own in found]), *split, f"{times[place]:.1f}"])
     headers = ["cut", "detector's MACs", "AP", "of these: backbone", "neck", "head", "ms, detector"]
+    return table(headers, lines, "md")
+
+
+def fast_table(folders: list[Path]) -> str:
+    """AP without training by the latency that is asked for, and what it is then."""
+    lines = []
+    for way, title in ((f"{OURS} {WHOLE}", "backbone, neck and head"), (f"backbone {WHOLE}", "backbone alone")):
+        for share in FAST:
+            found = [read_json(folder / WHOLE / _place(way, "latency", share) / "row.json") for folder in folders]
+            there = [own for own in found if own is not None]
+            few = "" if len(there) == len(found) else f" ({len(there)} of {len(found)} seeds)"
+            if not there:
+                lines.append([title, f"{share:.0%}", *"-----"])
+                continue
+            split = [np.mean([own["macs"][part] / 1e6 for own in there]) for part in ("backbone", "neck", "bbox_head")]
+            times = [np.mean([own["ms"][each] for own in there]) for each in ("small", "dense")]
+            ap = spread([own["AP"] for own in there]) + few
+            lines.append([title, f"{share:.0%}", ap, *(f"{n:.0f}" for n in split), "{:.1f} of {:.1f}".format(*times)])
+    headers = ["cut", "of the latency", "AP", "million MACs: backbone", "neck", "head", "ms, detector"]
     return table(headers, lines, "md")
 
 
@@ -371,6 +401,11 @@ def main(
         if whole_times
         else "",
         whole_table(folders, whole_times) if whole_times else "",
+        "The same for a latency on one core of this machine's CPU, by the time of every layer; timed in turn with the "
+        "dense detector, of every seed."
+        if whole_times
+        else "",
+        fast_table(folders) if whole_times else "",
         "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
         "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
         tuned_table(folders, times) if done else "None yet.",

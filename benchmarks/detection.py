@@ -24,14 +24,16 @@ from torch import Tensor, nn
 
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
+from sidt.allocation.timing import fit_latency, measure_layers
 from sidt.cost.budget import Budget
+from sidt.cost.latency import LayerLatencies
 from sidt.data.loading import load_data
 from sidt.data.preparation import DataConfig
 from sidt.detection.data.digits import write_digits
 from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
 from sidt.detection.detectors.pyramid import only_layers
-from sidt.detection.detectors.space import detector_space, parts, whole
+from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, whole
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
 from sidt.detection.training.evaluation import average_precision
@@ -182,6 +184,7 @@ def with_width(
     """The backbone's width with the other dimensions, by the plain ranking, as ``sidt detect search`` starts.
 
     The budget is of the backbone, or ``on`` the detector; ``outside``, the channels of neck and head are dimensions.
+    Layers are timed on this machine's CPU if the budget has a latency.
     """
 
     @cache
@@ -192,9 +195,21 @@ def with_width(
         base, moments = align(plain, measure_moments(plain, batches, forward=detector_loss, space=space))
         return base, moments, criteria.taylor(base, batches, detector_loss, space=moments.space)
 
+    @cache
+    def timed() -> LayerLatencies:
+        base, moments, _ = scored()
+        return measure_layers(base, moments.space, rounds=3, forward=run, say=click.echo, progress=False)
+
     def make(budget: Budget) -> nn.Module:
         base, moments, scores = scored()
-        return compensate(base, allocate(scores, budget), moments)
+        latencies = None
+        if budget.latency is not None:
+            latencies = fit_latency(
+                base, scores, budget, timed(), rounds=3, forward=run, say=click.echo, progress=False
+            )
+        return compensate(base, allocate(scores, budget, latencies=latencies), moments)
+
+    run = predict if on == "detector" else run_backbone
 
     return make
 
