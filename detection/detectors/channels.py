@@ -7,7 +7,7 @@ not known. Under a GroupNorm the units are its groups: a group that goes changes
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sidt.detection.detectors.streams import tensors_in
 from sidt.space.axes import Axis
 from sidt.space.space import Dimension, DimensionSpace, Place
 from sidt.space.trace import InputSize, meta_copy
+from sidt.surgery.moments import argument
 
 _ITSELF = {  # each channel of the result is made of the same channel alone
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "silu", "silu_", "gelu", "hardswish", "hardswish_", "sigmoid"),
@@ -77,10 +79,10 @@ class _Channels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = list(_tensors([args, kwargs]))
+        given = list(tensors_in([args, kwargs]))
         own = [t for t in given if id(t) in self.names]
         flowing = [self.tensors[id(t)] for t in given if id(t) in self.tensors]
-        made = list(_tensors(out))
+        made = list(tensors_in(out))
         if not made or not (own or flowing):
             return out
         self.seen |= {self.names[id(t)] for t in own}
@@ -105,7 +107,7 @@ class _Channels(TorchFunctionMode):
 
     def keep_whole(self, tensors: Any) -> None:
         """Channels that something else is done to; of a weight, all that it writes and reads."""
-        for tensor in _tensors(tensors):
+        for tensor in tensors_in(tensors):
             if id(tensor) in self.tensors:
                 self.whole.add(self.root(self.tensors[id(tensor)].set))
             for dim in range(tensor.ndim) if id(tensor) in self.names else ():
@@ -151,10 +153,10 @@ class _Channels(TorchFunctionMode):
             self._unite(before[0], at[0])
 
     def _layer(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-        bias, dim = _argument(args, kwargs, 2, "bias"), 1 if func is F.conv2d else out.ndim - 1
+        x, weight = argument(args, kwargs, 0, "input", None), argument(args, kwargs, 1, "weight", None)
+        bias, dim = argument(args, kwargs, 2, "bias", None), 1 if func is F.conv2d else out.ndim - 1
         name, at = self.names.get(id(weight)), self.tensors.get(id(x))
-        grouped = func is F.conv2d and (_argument(args, kwargs, 6, "groups") or 1) != 1
+        grouped = func is F.conv2d and (argument(args, kwargs, 6, "groups", None) or 1) != 1
         if name is None or grouped or (at is not None and at.dim != dim):
             self.keep_whole([x, weight, bias])
             return
@@ -173,14 +175,14 @@ class _Channels(TorchFunctionMode):
             self._flows(out, dim, written[0], 1)
 
     def _norm(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        at = self.tensors.get(id(_argument(args, kwargs, 0, "input")))
+        at = self.tensors.get(id(argument(args, kwargs, 0, "input", None)))
         if func is F.group_norm:
-            count = _argument(args, kwargs, 1, "num_groups")
-            of = [_argument(args, kwargs, 2, "weight"), _argument(args, kwargs, 3, "bias")]
+            count = argument(args, kwargs, 1, "num_groups", None)
+            of = [argument(args, kwargs, 2, "weight", None), argument(args, kwargs, 3, "bias", None)]
         else:
             count = None
             of = [
-                _argument(args, kwargs, *a)
+                argument(args, kwargs, *a, None)
                 for a in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
             ]
         if (
@@ -210,7 +212,7 @@ class _Channels(TorchFunctionMode):
             return
         for at in flowing[1:]:
             self._unite(first.set, at.set)
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self._flows(tensor, first.dim, first.set, first.each)
 
     def _flattened(self, at: _At, out: Tensor) -> None:
@@ -334,15 +336,3 @@ def _shared(model: nn.Module) -> set[str]:
         for name, tensor in module.named_parameters(prefix=path, recurse=False):
             owners.setdefault(id(tensor), []).append(name)
     return {name for names in owners.values() if len(names) > 1 for name in names}
-
-
-def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:
-    return kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple | dict):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)

@@ -94,9 +94,9 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = {id(tensor) for tensor in _tensors([args, kwargs])}
+        given = {id(tensor) for tensor in tensors_in([args, kwargs])}
         for features, readers, others in zip(self.maps, self.readers, self.others, strict=True):
-            if id(features) in given and any(True for _ in _tensors(out)):
+            if id(features) in given and any(True for _ in tensors_in(out)):
                 reader = self._weight(func, args, kwargs)
                 (others.append(getattr(func, "__name__", str(func))) if reader is None else readers.append(reader))
         return out
@@ -108,9 +108,10 @@ class _Uses(TorchFunctionMode):
         return self.names.get(id(argument(args, kwargs, 1, "weight")))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple | dict):
         for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
