@@ -58,6 +58,7 @@ class _Channels(TorchFunctionMode):
         parents: of each set, one that it is the same as, or itself.
         whole: the sets that stay whole.
         groups: of sets under a GroupNorm, the channels in a group.
+        grouping: the weights of GroupNorms.
         axes: for tensors of the neck and the heads, the set and the entries for each channel along an axis.
         tensors: what flows, by id.
         seen: the tensors of neck and heads that something was given.
@@ -68,6 +69,7 @@ class _Channels(TorchFunctionMode):
     parents: list[int] = field(default_factory=list)
     whole: set[int] = field(default_factory=set)
     groups: dict[int, set[int]] = field(default_factory=dict)
+    grouping: set[str] = field(default_factory=set)
     axes: dict[tuple[str, int], tuple[int, int] | None] = field(default_factory=dict)
     tensors: dict[int, _At] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
@@ -185,12 +187,11 @@ class _Channels(TorchFunctionMode):
                 argument(args, kwargs, *a, None)
                 for a in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
             ]
-        if (
-            at is None
-            or at.dim != 1
-            or at.each != 1
-            or any(isinstance(t, Tensor) and id(t) not in self.names for t in of)
-        ):
+        # Which module has a GroupNorm's number of groups, its weight says.
+        known = all(not isinstance(t, Tensor) or id(t) in self.names for t in of) and (
+            count is None or of[0] is not None
+        )
+        if at is None or at.dim != 1 or at.each != 1 or not known:
             self.keep_whole([args, kwargs])
             return
         for tensor in of:
@@ -198,6 +199,7 @@ class _Channels(TorchFunctionMode):
                 self._stands(self.names[id(tensor)], 0, (at.set, 1))
         if count is not None:
             self.groups.setdefault(self.root(at.set), set()).add(self.sizes[at.set] // count)
+            self.grouping.add(self.names[id(of[0])])
         self._flows(out, 1, at.set, 1)
 
     def _itself(self, given: Sequence[Tensor], flowing: Sequence[_At], out: Any) -> None:
@@ -313,10 +315,9 @@ def _named(
 
     found = {key: axis(*at) for key, at in watch.axes.items() if at is not None}
     attributes = {f"{path}.out_channels": axis(channels) for path, channels in extractors.items()}
-    for tensor, place in ((t, axis(*at)) for (t, dim), at in watch.axes.items() if dim == 0 and at is not None):
-        norm, _, leaf = tensor.rpartition(".")
-        if leaf == "weight" and outside[tensor].ndim == 1 and place is not None and len(place[0]) > 1:
-            attributes[f"{norm}.num_groups"] = ((place[0][0],),)
+    for weight in watch.grouping:
+        if (place := found.get((weight, 0))) is not None:
+            attributes[f"{weight.rpartition('.')[0]}.num_groups"] = ((place[0][0],),)
     known = [watch.tensors.get(id(m)) for m in maps]
     return Channels(
         {

@@ -279,12 +279,14 @@ class Reshaping(nn.Module):
             x = x - x.mean(1, keepdim=True)
         elif self.way == "weight":
             return (nn.functional.conv2d(x, 2 * self.last.weight, self.last.bias),)
+        elif self.way == "groups":  # a norm without a weight, whose number of groups is nobody's
+            return (self.last(nn.functional.group_norm(x, 4)),)
         elif self.way == "itself":
             return (self.last(x + x.sigmoid()),)
         return (self.last(x),)
 
 
-@pytest.mark.parametrize(("way", "left"), [("cat", 0), ("mean", 0), ("weight", 0), ("itself", 1)])
+@pytest.mark.parametrize(("way", "left"), [("cat", 0), ("mean", 0), ("weight", 0), ("groups", 0), ("itself", 1)])
 def test_what_is_mixed_stays_whole(way, left):
     """Channels of which something else is made; the neck's are still those that the first layer reads."""
     detector, config, _ = made("RetinaNet")
