@@ -18,15 +18,35 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
+from bccd_tables import (
+    DENSE,
+    FAST,
+    KINDS,
+    OURS,
+    SCORES,
+    SHARES,
+    TAYLOR,
+    TUNED,
+    WHOLE,
+    WHOLE_SHARES,
+    dense_line,
+    fast_table,
+    finished,
+    name_of,
+    place_of,
+    plain,
+    tuned_table,
+    untrained_table,
+    whole_table,
+)
 from cells import RivalError, Setting
 from mmengine.config import Config
 from results import environment, write_results
 from torch import Tensor, nn
 from training_free import corp, vbp
 
-from detection import curve, spread, with_width
+from detection import curve, with_width
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
@@ -40,27 +60,13 @@ from sidt.detection.training.loss import detector_loss, read_batches
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.importance.scores import Importance
-from sidt.report.tables import table
 from sidt.space.space import space_for
 from sidt.surgery.slicing import slice_model
 from sidt.training.devices import resolve_device
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
-SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
-WHOLE, WHOLE_SHARES = "whole", (0.5, 0.3, 0.2, 0.15, 0.12)  # the budget is the detector's
-FAST = (0.5, 0.4)  # of its latency
 SCORE_IMAGES = 128
-SCORES = "dense.json"  # of the dense detector, in the folder of a seed
-OURS, TAYLOR = "SiDT", "Taylor of each parameter"
-DENSE = "dense, trained on as long"
-# What is fine-tuned: a way, what is counted, and the share that is left.
-TUNED = [
-    *((OURS, "params", share) for share in SHARES),
-    *((OURS, "macs", share) for share in (0.1, 0.05)),
-    *((way, "params", 0.1) for way in (TAYLOR, "L2", "random")),
-    (OURS, WHOLE, 0.15),
-]
 Way = Callable[[Budget], nn.Module]
 
 
@@ -149,7 +155,7 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
         write_json(run.folder / SCORES, dense["bbox"])
     for name, way in ((name, way) for name, way in ways.items() if not name.endswith(WHOLE)):
         for kind in KINDS:
-            file = run.folder / "curves" / f"{_plain(name)}-{kind}.json"
+            file = run.folder / "curves" / f"{plain(name)}-{kind}.json"
             if only not in f"{name} {kind}" or file.is_file():
                 continue
             found: list[float | None] = []
@@ -168,7 +174,7 @@ def of_the_whole(run: DetectionRun, seed: int, only: str) -> None:
     dense, config, ways = prepared(run, seed)
     for name, way in ((name, way) for name, way in ways.items() if name.endswith(WHOLE)):
         for kind, share in [*(("macs", share) for share in WHOLE_SHARES), *(("latency", share) for share in FAST)]:
-            place = run.folder / WHOLE / _place(name, kind, share)
+            place = run.folder / WHOLE / place_of(name, kind, share)
             if only not in f"{name} {kind}" or (place / "row.json").is_file():
                 continue
             try:
@@ -193,8 +199,8 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
     """What is fine-tuned, and the dense detector trained on for as long; a folder for each."""
     detector, config, ways = prepared(run, seed)
     for row in [(DENSE, "params", 1.0), *TUNED]:
-        place = run.folder / "rows" / _plain(_name(*row))
-        if only not in _name(*row) or (place / "row.json").is_file():
+        place = run.folder / "rows" / plain(name_of(*row))
+        if only not in name_of(*row) or (place / "row.json").is_file():
             continue
         way, kind, share = row
         made = ways[f"{way} {WHOLE}" if kind == WHOLE else way] if way != DENSE else None
@@ -205,7 +211,7 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
         if not (place / "dense").exists():
             shutil.copytree(run.folder / "dense", place / "dense")  # the teacher
         own = DetectionRun(place, run.config, run.settings, run.options, run.data_root)
-        click.echo(f"seed {seed}, {_name(*row)}: {pipeline.finetune(own, teacher=way != DENSE)}")
+        click.echo(f"seed {seed}, {name_of(*row)}: {pipeline.finetune(own, teacher=way != DENSE)}")
         size = input_size(run)
         found = {
             step: pipeline.evaluate_detector(where, config, size, per_class=True, latency=False)
@@ -216,16 +222,7 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
         cost = parts(space if plan is None else plan.space, plan.sizes if plan is not None else None)["backbone"]
         write_json(place / "row.json", found | {"backbone": {"params": cost.params, "macs": cost.macs}})
         aps = ", ".join(f"{step} {_percent(found[step]['bbox']['AP'])}" for step in found)
-        click.echo(f"seed {seed}, {_name(*row)}: {aps}")
-
-
-def _name(way: str, kind: str, share: float) -> str:
-    counted = "detector's MACs" if kind == WHOLE else KINDS.get(kind)
-    return way if way == DENSE else f"{way}, {share:.0%} of the {counted}"
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
+        click.echo(f"seed {seed}, {name_of(*row)}: {aps}")
 
 
 def _percent(ap: float | None) -> str:
@@ -236,13 +233,9 @@ def latencies(run: DetectionRun) -> dict[str, float]:
     """Milliseconds of whole detectors on this CPU, one image, timed in turn."""
     size, calls = input_size(run), dict[str, Callable[[], None]]()
     for row in (row for row in finished([run.folder]) if row[0] in (DENSE, OURS)):
-        detector = load_detector(run.folder / "rows" / _plain(_name(*row)))[0].eval()
-        calls[_name(*row)] = partial(_infer, detector, torch.randn(1, *size))
+        detector = load_detector(run.folder / "rows" / plain(name_of(*row)))[0].eval()
+        calls[name_of(*row)] = partial(_infer, detector, torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
-
-
-def _place(way: str, kind: str, share: float) -> str:
-    return _plain(f"{way} {share}" if kind == "macs" else f"{way} {kind} {share}")
 
 
 def whole_latencies(run: DetectionRun) -> dict[str, float]:
@@ -254,101 +247,9 @@ def whole_latencies(run: DetectionRun) -> dict[str, float]:
     return time_in_turn(calls, rounds=9, seconds=120)
 
 
-def finished(folders: list[Path]) -> list[tuple[str, str, float]]:
-    """The rows that are fine-tuned with every seed."""
-    rows = [(DENSE, "params", 1.0), *TUNED]
-    return [row for row in rows if all((f / "rows" / _plain(_name(*row)) / "row.json").is_file() for f in folders)]
-
-
 @torch.inference_mode()
 def _infer(detector: nn.Module, images: Tensor) -> None:
     predict(detector, images)
-
-
-def dense_line(folders: list[Path]) -> str:
-    """The scores of the dense detectors."""
-    found = [read_json(folder / SCORES) for folder in folders]
-    whole = [f"{key} {spread([own[key] for own in found])}" for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
-    each = [f"{name} {spread([own['classes'][name] for own in found])}" for name in found[0]["classes"]]
-    return f"The dense detector: {', '.join([*whole, *each])}."
-
-
-def untrained_table(folders: list[Path], kind: str) -> str:
-    """AP without training by what is left, mean and spread over the seeds."""
-    lines = []
-    for file in sorted({f.name for f in (folders[0] / "curves").glob(f"*-{kind}.json")}, key=_order):
-        found = [read_json(folder / "curves" / file) for folder in folders]
-        cells = [
-            spread([own[i] for own in found]) if all(own[i] is not None for own in found) else "-" for i in range(4)
-        ]
-        lines.append([_title(file), *cells])
-    return table(["", *(f"{share:.0%} of the {KINDS[kind]}" for share in SHARES)], lines, "md")
-
-
-def _order(file: str) -> int:
-    return [*map(_plain, (OURS, TAYLOR, "CORP", "VBP", "L2", "random"))].index(file.rsplit("-", 1)[0])
-
-
-def _title(file: str) -> str:
-    return (OURS, f"{TAYLOR} (Torch-Pruning's score)", "CORP", "VBP", "L2", "random")[_order(file)]
-
-
-def whole_table(folders: list[Path], times: dict[str, float]) -> str:
-    """AP without training, where its MACs are, and latency, by what is left of the detector."""
-    lines = []
-    for way, title in ((f"{OURS} {WHOLE}", "backbone, neck and head"), (f"backbone {WHOLE}", "backbone alone")):
-        for share in WHOLE_SHARES:
-            place = _place(way, "macs", share)
-            found = [read_json(folder / WHOLE / place / "row.json") for folder in folders]
-            if any(own is None for own in found):
-                lines.append([title, f"{share:.0%}", *"-----"])
-                continue
-            first, total = found[0]["macs"], sum(found[0]["macs"].values())
-            split = [f"{first[part] / total:.0%}" for part in ("backbone", "neck", "bbox_head")]
-            lines.append([title, f"{share:.0%}", spread([own["AP"] for own in found]), *split, f"{times[place]:.1f}"])
-    headers = ["cut", "detector's MACs", "AP", "of these: backbone", "neck", "head", "ms, detector"]
-    return table(headers, lines, "md")
-
-
-def fast_table(folders: list[Path]) -> str:
-    """AP without training by the latency that is asked for, and what it is then."""
-    lines = []
-    for way, title in ((f"{OURS} {WHOLE}", "backbone, neck and head"), (f"backbone {WHOLE}", "backbone alone")):
-        for share in FAST:
-            found = [read_json(folder / WHOLE / _place(way, "latency", share) / "row.json") for folder in folders]
-            there = [own for own in found if own is not None]
-            few = "" if len(there) == len(found) else f" ({len(there)} of {len(found)} seeds)"
-            if not there:
-                lines.append([title, f"{share:.0%}", *"-----"])
-                continue
-            split = [np.mean([own["macs"][part] / 1e6 for own in there]) for part in ("backbone", "neck", "bbox_head")]
-            times = [np.mean([own["ms"][each] for own in there]) for each in ("small", "dense")]
-            ap = spread([own["AP"] for own in there]) + few
-            lines.append([title, f"{share:.0%}", ap, *(f"{n:.0f}" for n in split), "{:.1f} of {:.1f}".format(*times)])
-    headers = ["cut", "of the latency", "AP", "million MACs: backbone", "neck", "head", "ms, detector"]
-    return table(headers, lines, "md")
-
-
-def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
-    """Scores of the fine-tuned detectors."""
-    lines = []
-    for row in finished(folders):
-        found = [read_json(folder / "rows" / _plain(_name(*row)) / "row.json") for folder in folders]
-        after = [own["fine-tuned"]["bbox"] for own in found]
-        first = found[0]["backbone"]
-        lines.append(
-            [
-                _name(*row),
-                spread([own["sliced"]["bbox"]["AP"] for own in found]),
-                *(spread([own[key] for own in after]) for key in ("AP", "AP50", "APs", "APm", "APl")),
-                *(spread([own["classes"][name] for own in after]) for name in after[0]["classes"]),
-                first["params"],
-                first["macs"],
-                f"{times[_name(*row)]:.1f}" if _name(*row) in times else "-",
-            ]
-        )
-    headers = ["backbone", "AP, sliced", "AP", "AP50", "APs", "APm", "APl", *after[0]["classes"]]
-    return table([*headers, "backbone params", "backbone MACs", "ms, detector"], lines, "md")
 
 
 @click.command()

@@ -1,6 +1,5 @@
-"""Channels of necks and heads: which they are, and that what is sliced, repaired, saved and timed is right."""
+"""Channels of necks and heads: which they are, and that what is sliced, repaired and timed is right."""
 
-from functools import cache
 from pathlib import Path
 
 import mmdet
@@ -8,144 +7,30 @@ import numpy as np
 import pytest
 import torch
 from backbones import random_plan, shake
-from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from small_heads import CLS, MODELS_OF, REG, SIZE, channels, made, outputs, same, tensors
 from torch import nn
 from torch.testing import assert_close
 
-import sidt.detection.models  # noqa: F401 - registers the backbones
 from sidt import importance as criteria
 from sidt.allocation.greedy import allocate
 from sidt.allocation.timing import measure_layers
 from sidt.cost.budget import Budget
 from sidt.cost.complexity import PlanCosts
 from sidt.detection.detectors.channels import channels_outside
-from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
 from sidt.detection.detectors.configs import build_detector, read_config
 from sidt.detection.detectors.space import _run_heads, detector_space, map_channels, parts, predict, whole
-from sidt.errors import InputError
-from sidt.files import read_json, write_json
-from sidt.space.plan import DimensionPlan, load_plan
-from sidt.space.space import DimensionSpace, Place, space_for
+from sidt.space.plan import DimensionPlan
+from sidt.space.space import DimensionSpace, Place
 from sidt.space.trace import Trace
 from sidt.surgery.compensation import compensate
 from sidt.surgery.moments import measure_moments
 from sidt.surgery.slicing import mask_model, slice_model
 
-CONFIGS = Path(__file__).parents[3] / "configs" / "detection"
-SIZE = (3, 64, 96)
-SWIN = dict(
-    type="SwinTransformer", embed_dims=16, depths=(1, 1, 1), num_heads=(2, 2, 4), window_size=4, strides=(4, 2, 2)
-)
-SWIN["out_indices"] = (0, 1, 2)
-FPN = dict(type="FPN", in_channels=[16, 32, 64], out_channels=16, num_outs=3)
-CODER = dict(type="DeltaXYWHBBoxCoder")
-ANCHORS = dict(type="AnchorGenerator", octave_base_scale=4, scales_per_octave=1, ratios=[1.0], strides=[4, 8, 16])
-TOWERS = dict(num_classes=5, in_channels=16, feat_channels=16, stacked_convs=2)
-RETINA = dict(type="RetinaHead", **TOWERS, anchor_generator=ANCHORS, bbox_coder=CODER)
-ATSS = dict(
-    RETINA,
-    type="ATSSHead",
-    norm_cfg=dict(type="GN", num_groups=4),
-    loss_centerness=dict(type="CrossEntropyLoss", use_sigmoid=True),
-)
-FCOS = dict(type="FCOSHead", **TOWERS, strides=[4, 8, 16], norm_cfg=dict(type="BN"), conv_bias=True)
-TEST = dict(nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=dict(type="nms", iou_threshold=0.5), max_per_img=10)
-ATSS_TRAIN = dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1, debug=False)
-BBOX, CLS, REG = "bbox_head.", "bbox_head.cls_convs.{}.conv", "bbox_head.reg_convs.{}.conv"
-FPN_CHANNELS = {"neck.lateral_convs.0.conv": 16, "neck.fpn_convs.0.conv": 16}
-TOWER_CHANNELS = {name.format(i): 16 for name in (CLS, REG) for i in range(2)}
-
-
-def single(kind, neck, head, **more):
-    return dict(
-        type=kind,
-        data_preprocessor=dict(type="DetDataPreprocessor"),
-        backbone=SWIN,
-        neck=neck,
-        bbox_head=head,
-        test_cfg=TEST,
-        **more,
-    )
-
-
-def two_stages():
-    """MMDetection's Mask R-CNN, smaller."""
-    model = read_config(CONFIGS / "mask_rcnn_swin_t.py").model.to_dict()
-    model["backbone"] = SWIN
-    model["neck"] = dict(FPN, num_outs=4)
-    model["rpn_head"] |= dict(in_channels=16, feat_channels=16)
-    model["rpn_head"]["anchor_generator"]["strides"] = [4, 8, 16, 32]
-    head, masks = model["roi_head"]["bbox_head"], model["roi_head"]["mask_head"]
-    head |= dict(in_channels=16, fc_out_channels=24, num_classes=5)
-    masks |= dict(in_channels=16, conv_out_channels=16, num_convs=3, num_classes=5)
-    for name, strides in (("bbox_roi_extractor", [4, 8, 16]), ("mask_roi_extractor", [4, 8])):
-        model["roi_head"][name] |= dict(out_channels=16, featmap_strides=strides)
-    return model
-
-
-MODELS_OF = {
-    "RetinaNet": (
-        single(
-            "RetinaNet",
-            dict(FPN, num_outs=4, start_level=1, add_extra_convs="on_output"),
-            dict(RETINA, anchor_generator=dict(ANCHORS, strides=[8, 16, 32, 64])),
-        ),
-        {**FPN_CHANNELS, **TOWER_CHANNELS},
-    ),
-    "ATSS": (
-        single("ATSS", FPN, ATSS, train_cfg=ATSS_TRAIN),
-        {**FPN_CHANNELS, **dict.fromkeys(TOWER_CHANNELS, 4)},  # groups
-    ),
-    "FCOS": (single("FCOS", dict(FPN, norm_cfg=dict(type="BN")), FCOS), {**FPN_CHANNELS, **TOWER_CHANNELS}),
-    "PAFPN": (
-        single("RetinaNet", dict(FPN, type="PAFPN"), RETINA),
-        {"neck.lateral_convs.0.conv": 16, **{f"neck.fpn_convs.{i}.conv": 16 for i in range(3)}, **TOWER_CHANNELS},
-    ),
-    "Mask R-CNN": (
-        two_stages(),
-        {
-            **FPN_CHANNELS,
-            "rpn_head.rpn_conv": 16,
-            "roi_head.bbox_head.shared_fcs.0": 24,
-            "roi_head.bbox_head.shared_fcs.1": 24,
-            **{f"roi_head.mask_head.convs.{i}.conv": 16 for i in range(2)},  # a transposed convolution reads the last
-        },
-    ),
-}
-
 
 @pytest.fixture(params=MODELS_OF)
 def name(request):
     return request.param
-
-
-@cache
-def made(name):
-    """A detector, its config, and its space with the channels of neck and heads."""
-    init_default_scope("mmdet")
-    torch.manual_seed(0)
-    config = Config(dict(model=MODELS_OF[name][0]))
-    detector = shake(MODELS.build(config.model)).eval()
-    return detector, config, detector_space(detector, config.model, SIZE, outside=True)
-
-
-def channels(space):
-    return {n: d.size for n, d in space.dimensions.items() if d.kind == "channels"}
-
-
-@torch.no_grad()
-def outputs(detector, regions=lambda r, maps: r.fill_(0.5)):
-    """All that the heads give for an image; regions are of one value, unless they are told otherwise."""
-    image = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(1))
-    maps = detector.extract_feat(image)
-    return list(tensors(_run_heads(detector, image, maps, lambda r, m, _: regions(r, m))[1]))
-
-
-def tensors(values):
-    for value in values:
-        yield from [value] if isinstance(value, torch.Tensor) else tensors(value)
 
 
 def test_they_are_seen(name):
@@ -187,81 +72,6 @@ def followed(config, plan):
     model.neck.in_channels = [plan.sizes[f"embed.{i}"] for i in range(3)]
     model.neck.out_channels = 16
     return model
-
-
-def test_saved_and_loaded_is_the_same(name, tmp_path):
-    detector, config, space = made(name)
-    first = slice_model(detector, random_plan(space, 0))
-    save_detector(first, config, tmp_path / "first", tuple("abcde"))
-    loaded, own = load_detector(tmp_path / "first")
-    assert same(first, loaded) and loaded.sidt_plan.sizes == first.sidt_plan.sizes
-    assert own.model.neck.type == "SlicedPart" and own.model.neck.dense.type == config.model.neck.type
-    for outside in (False, True):  # and again, the backbone alone or all of it
-        inner = detector_space(loaded, own.model, SIZE, outside=outside)
-        again = slice_model(loaded, random_plan(inner, 1))
-        save_detector(again, own, tmp_path / "again", tuple("abcde"))
-        twice, last = load_detector(tmp_path / "again")
-        assert same(again, twice) and twice.sidt_plan.sizes == again.sidt_plan.sizes
-        save_detector(twice, last, tmp_path / "copy", tuple("abcde"))
-        assert (tmp_path / "copy" / CONFIG).read_text() == (tmp_path / "again" / CONFIG).read_text()
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(outputs(one), outputs(other), strict=True))
-
-
-def test_the_backbone_takes_its_part_of_a_plan(tmp_path):
-    detector, _, space = made("ATSS")
-    plan = random_plan(space, 0)
-    plan.save(tmp_path / "plan.json")
-    inner = space_for(detector.backbone, SIZE)
-    part = load_plan(tmp_path / "plan.json", inner, part=True)
-    with pytest.raises(InputError, match="made for another model"):
-        load_plan(tmp_path / "plan.json", inner)
-    assert set(part.sizes) == set(plan.sizes) - set(channels(space))
-    data = read_json(tmp_path / "plan.json")
-    data["channels"] = []
-    write_json(tmp_path / "plan.json", data)
-    with pytest.raises(InputError, match="made for another model"):
-        load_plan(tmp_path / "plan.json", inner, part=True)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("channels", 3), ("channels", ["nowhere"]), ("channels", [["a"]]), ("keep", {}), ("dense", {})],
-)
-def test_a_damaged_plan_is_refused(key, value, tmp_path):
-    detector, config, space = made("ATSS")
-    save_detector(slice_model(detector, random_plan(space, 0)), config, tmp_path, tuple("abcde"))
-    write_json(tmp_path / "plan.json", {**read_json(tmp_path / "plan.json"), key: value})
-    with pytest.raises(InputError):
-        load_detector(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("'cls_convs.0.conv.weight'", "'cls_convs.7.conv.weight'", "not there"),
-        ("gn.num_groups", "gn.num_grous", "has no"),
-    ],
-)
-def test_a_part_that_does_not_fit_is_refused(old, new, says, tmp_path):
-    detector, config, space = made("ATSS")
-    save_detector(slice_model(detector, random_plan(space, 0)), config, tmp_path, tuple("abcde"))
-    text = (tmp_path / CONFIG).read_text()
-    assert old.replace("'", '"') in text or old in text
-    (tmp_path / CONFIG).write_text(text.replace(old, new))
-    with pytest.raises(InputError, match=says):
-        load_detector(tmp_path)
-
-
-def test_a_size_of_a_part_must_fit():
-    with pytest.raises(InputError, match="cannot be cut"):
-        MODELS.build(
-            dict(
-                type="SlicedPart", dense=FPN, shapes={"fpn_convs.0.conv.weight": [17, None, None, None]}, attributes={}
-            )
-        )
 
 
 class Reshaping(nn.Module):
