@@ -1,11 +1,12 @@
 """A detector of blood cells, pruned by its own loss, beside what others rank by and repair with.
 
-    python benchmarks/bccd.py --data DIR --seeds 0,1,2
+    python benchmarks/bccd.py --data DIR --seeds 0,1,2 --backbone swin
 
 DIR is BCCD in COCO's format (docs/detection.md says where it is from). For every seed the detector of
-configs/detection/bccd_swin.py is trained; its backbone is cut to shares of its parameters and of its multiply-adds, by
-the plain ranking; some are fine-tuned with the dense detector as teacher. Everything is kept below --runs, so a stopped
-benchmark goes on, and with --only several processes share its work.
+configs/detection/bccd_<backbone>.py is trained; its backbone is cut to shares of its parameters and of its
+multiply-adds, by the plain ranking; some are fine-tuned with the dense detector as teacher; some are searched by
+trials. Everything is kept below --runs, so a stopped benchmark goes on, and with --only several processes share its
+work.
 """
 
 import copy
@@ -19,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from bccd_search import SEARCHED, TRIALS, search_table, searched
 from bccd_tables import (
     DENSE,
     FAST,
@@ -65,7 +67,7 @@ from sidt.surgery.slicing import slice_model
 from sidt.training.devices import resolve_device
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parent / "configs" / "detection" / "bccd_swin.py"
+CONFIGS = HERE.parent / "configs" / "detection"
 SCORE_IMAGES = 128
 Way = Callable[[Budget], nn.Module]
 
@@ -122,12 +124,12 @@ def _setting(detector: Any, batches: list[Any], size: tuple[int, int, int], kind
     return OfDetector(twin.backbone, space, data, kind, share, 0, SCORE_IMAGES, Path(), batches, twin)
 
 
-def open_seed(seed: int, folder: Path, data: Path, epochs: int | None) -> DetectionRun:
-    """A run of the benchmark's config; another number of epochs is to try the benchmark, not for results."""
+def open_seed(config: Path, seed: int, folder: Path, data: Path, epochs: int | None) -> DetectionRun:
+    """A run of a config with a seed; another number of epochs is to try the benchmark, not for results."""
     options: dict[str, Any] = {"randomness.seed": seed}
     if epochs is not None:
         options |= {"train_cfg.max_epochs": epochs, "train_cfg.val_interval": epochs}
-    run = open_run(SOURCE, folder, options, {"seed": seed}, data_root=data)
+    run = open_run(config, folder, options, {"seed": seed}, data_root=data)
     if epochs is not None:
         run.settings.finetune.update({"train_cfg.max_epochs": epochs, "train_cfg.val_interval": epochs})
     return run
@@ -252,42 +254,22 @@ def _infer(detector: nn.Module, images: Tensor) -> None:
     predict(detector, images)
 
 
-@click.command()
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--runs", default="runs/bccd", type=click.Path(path_type=Path), show_default=True)
-@click.option("--steps", default="train,untrained,whole,tuned,write", show_default=True)
-@click.option("--only", default="", help="Rows whose name holds this; for the steps untrained, whole and tuned.")
-@click.option("--epochs", type=int, help="Of every training, to try the benchmark.")
-@click.option("--where", type=click.Path(path_type=Path), help="A file with the environment of the trainings.")
-@click.option("--out", default=str(HERE / "results" / "bccd"), type=click.Path(path_type=Path))
-def main(
-    data: Path, seeds: str, runs: Path, steps: str, only: str, epochs: int | None, where: Path | None, out: Path
-) -> None:
-    """Run some steps of all seeds, then write the results."""
-    wanted, numbers = steps.split(","), [int(seed) for seed in seeds.split(",")]
-    folders = [runs / f"seed-{seed}" for seed in numbers]
-    for seed, folder in zip(numbers, folders, strict=True):
-        run = open_seed(seed, folder, data, epochs)
-        if "train" in wanted:
-            train(run)
-        if "untrained" in wanted:
-            untrained(run, seed, only)
-        if WHOLE in wanted:
-            of_the_whole(run, seed, only)
-        if "tuned" in wanted:
-            tuned(run, seed, only)
-    if "environment" in wanted:
-        click.echo(json.dumps(environment()))
-    if "write" not in wanted:
-        return
-    here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}"}
-    done = finished(folders)
-    first = open_seed(numbers[0], folders[0], data, epochs)
-    times = latencies(first) if done else {}
-    whole_times = whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
-    text = [
-        f"{SOURCE.name}: a small Swin and ATSS, trained from random weights on BCCD's 292 training images but those "
+# What is done with a dense detector, by name.
+STEPS: dict[str, Callable[[DetectionRun, int, str], None]] = {
+    "untrained": untrained,
+    WHOLE: of_the_whole,
+    "tuned": tuned,
+    SEARCHED: searched,
+}
+_WHAT = {"bccd_swin.py": "a small Swin", "bccd_vit.py": "a small plain ViT with a simple pyramid"}
+
+
+def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float], whole_times: dict[str, float]) -> str:
+    """The results as tables; what was not measured with every seed is left out."""
+    of_all = whole_table(folders, whole_times) if whole_times else ""
+    trials = search_table(folders)
+    paragraphs = [
+        f"{name}: {_WHAT[name]} and ATSS, trained from random weights on BCCD's 292 training images but those "
         "that are held out, tested on its 72 test images. COCO box AP in percent, mean +- standard deviation over the "
         f"seeds {seeds} (of training, score images and random scores). Plans are the plain ranking's within the budget "
         f"of the backbone; scores and moments are of the detector's own loss on {SCORE_IMAGES} images. SiDT aligns, "
@@ -299,37 +281,89 @@ def main(
         dense_line(folders),
         "Without training, where the budget is that of the whole detector: with the channels of neck and head as "
         f"dimensions, and without. Dense: {whole_times['dense']:.1f} ms, of the first seed, as all here."
-        if whole_times
+        if of_all
         else "",
-        whole_table(folders, whole_times) if whole_times else "",
+        of_all,
         "The same for a latency on one core of this machine's CPU, by the time of every layer; timed in turn with the "
         "dense detector, of every seed."
-        if whole_times
+        if of_all
         else "",
-        fast_table(folders) if whole_times else "",
+        fast_table(folders) if of_all else "",
         "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
         "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
-        tuned_table(folders, times) if done else "None yet.",
+        tuned_table(folders, times) if times else "None yet.",
+        f"A search of {TRIALS} trials by AP on the held-out images, then fine-tuned alike; the gain over the plain "
+        "ranking is on as many fresh images, with the standard error of each seed's:"
+        if trials
+        else "",
+        trials,
     ]
+    return "\n\n".join(filter(None, paragraphs))
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--backbone", type=click.Choice(["swin", "vit"]), default="swin", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--runs", type=click.Path(path_type=Path), help="Default: runs/bccd_BACKBONE.")
+@click.option("--steps", default=",".join(["train", *STEPS, "write"]), show_default=True)
+@click.option("--only", default="", help="Rows whose name holds this; for all steps but train and write.")
+@click.option("--epochs", type=int, help="Of every training, to try the benchmark.")
+@click.option("--where", type=click.Path(path_type=Path), help="A file with the environment of the trainings.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/bccd, or bccd_vit.")
+def main(
+    data: Path,
+    backbone: str,
+    seeds: str,
+    runs: Path | None,
+    steps: str,
+    only: str,
+    epochs: int | None,
+    where: Path | None,
+    out: Path | None,
+) -> None:
+    """Run some steps of all seeds, then write the results."""
+    wanted, numbers = steps.split(","), [int(seed) for seed in seeds.split(",")]
+    config, runs = CONFIGS / f"bccd_{backbone}.py", runs or Path("runs") / f"bccd_{backbone}"
+    folders = [runs / f"seed-{seed}" for seed in numbers]
+    for seed, folder in zip(numbers, folders, strict=True):
+        run = open_seed(config, seed, folder, data, epochs)
+        if "train" in wanted:
+            train(run)
+        for name, step in STEPS.items():
+            if name in wanted:
+                step(run, seed, only)
+    if "environment" in wanted:
+        click.echo(json.dumps(environment()))
+    if "write" not in wanted:
+        return
+    own = "" if backbone == "swin" else f" --backbone {backbone}"
+    here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}{own}"}
+    first = open_seed(config, numbers[0], folders[0], data, epochs)
+    times = latencies(first) if finished(folders) else {}
+    whole_times = whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
+    text = text_of(config.name, seeds, folders, times, whole_times)
     facts = {
         folder.name: {
             "curves": {f.stem: read_json(f) for f in sorted((folder / "curves").glob("*.json"))},
-            "rows": {f.parent.name: read_json(f) for f in sorted((folder / "rows").glob("*/row.json"))},
-            WHOLE: {f.parent.name: read_json(f) for f in sorted((folder / WHOLE).glob("*/row.json"))},
+            **{
+                kept: {f.parent.name: read_json(f) for f in sorted((folder / kept).glob("*/row.json"))}
+                for kept in ("rows", WHOLE, SEARCHED)
+            },
         }
         for folder in folders
     }
     trained_on = read_json(where) if where is not None else here
     if where is not None:
-        text.append(f"Trained and tested on {trained_on['machine']}, with torch {trained_on['versions']['torch']}.")
+        text += f"\n\nTrained and tested on {trained_on['machine']}, with torch {trained_on['versions']['torch']}."
     write_results(
-        out,
-        "Blood cells, bccd_swin.py",
+        out or HERE / "results" / ("bccd" if backbone == "swin" else f"bccd_{backbone}"),
+        f"Blood cells, {config.name}",
         here,
-        "\n\n".join(filter(None, text)),
+        text,
         {"trained on": trained_on, "seeds": facts, "ms": times, "ms of the whole": whole_times},
     )
-    click.echo("\n\n".join(filter(None, text)))
+    click.echo(text)
 
 
 if __name__ == "__main__":
