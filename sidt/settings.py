@@ -42,21 +42,41 @@ def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] in ("extra_forbidden", "missing"):
-            wrong = "missing" if first["type"] == "missing" else "unknown key"
-            message = f"{wrong}; known here: {', '.join(_known(model, first['loc']))}"
-        seen = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        found = [(_place(values, wrong), wrong) for wrong in error.errors()]
+        start = found[0][0]
+        # Where a value may be of several forms, the form that it comes nearest to says what is wrong.
+        place, first = max((each for each in found if each[0][: len(start)] == start), key=lambda each: len(each[0]))
+        message, seen = first["msg"].removeprefix("Value error, "), f" (got {first['input']!r})"
+        if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+            message = f"Input should have more than {first['loc'][-1]} values"
+        elif first["type"] == "missing":
+            place, message, seen = (*place, first["loc"][-1]), f"missing; known here: {_known(model, place)}", ""
+        elif first["type"] == "extra_forbidden":
+            message = f"unknown key; known here: {_known(model, place[:-1])}"
+        elif first["type"] == "model_type":
+            message = f"Input should be a mapping with keys of {_known(model, place)}"
+        key = ".".join(map(str, place)) or "the whole"
         raise InputError(f"{source}: {key}: {message}{seen}"[:600]) from None
 
 
-def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
-    for part in where[:-1]:
+def _place(values: Any, wrong: Any) -> tuple[int | str, ...]:
+    """The part of an error's path that is in the values: the rest names forms that a value may have."""
+    place = []
+    for part in wrong["loc"]:
+        try:
+            values = values[part]
+        except (TypeError, KeyError, IndexError):
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> str:
+    """The keys of the class that a place is for."""
+    for part in where:
         field = model.model_fields.get(str(part))
         options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
         inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if inner:
             model = inner[0]
-    return list(model.model_fields)
+    return ", ".join(model.model_fields)

@@ -153,13 +153,14 @@ def finetune(teacher: bool, **arguments: Any) -> None:
 
 @cli.command()
 @_STEP
-def run(**arguments: Any) -> None:
+@budgeted
+def run(budget: dict[str, Any] | None, **arguments: Any) -> None:
     """All steps: train, score, search, slice, finetune, evaluate, report."""
     from sidt.runs import pipeline
     from sidt.runs.images import naming_broken
 
     with _working(**arguments):
-        opened = _open(**arguments)
+        opened = _open(**arguments, values={"budget": budget})
         with naming_broken(opened):
             pipeline.run_all(opened, click.echo)
 

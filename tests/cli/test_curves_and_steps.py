@@ -48,7 +48,7 @@ def test_run_and_pareto(config, tmp_path, sidt_command):
 @pytest.mark.slow
 def test_a_run_in_steps(config, tmp_path, sidt_command, mistake):
     run = tmp_path / "r"
-    code, out, err = sidt_command("run", config, "--out", run, "--set", "steps=2", "--set", "budget.params=0.4")
+    code, out, err = sidt_command("run", config, "--out", run, "--set", "steps=2", "--budget.params", 0.4)
     assert code == 0, err
     assert "in 2 steps" in out
     base = sidt.load(run / "base")

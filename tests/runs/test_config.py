@@ -47,7 +47,11 @@ def test_round_trip(write):
         ("budget.params=.nan", ("budget", "nan")),
         ("score.method=guess", ("score.method", "guess", "taylor")),
         ("data.name=imagenet22k", ("data.name", "imagenet22k", "digits")),
-        ("model=5", ("model", "5")),
+        ("model=5", (": model: ", "a mapping with keys of name, args", "5")),
+        ("data.holdout=[1]", (": data.holdout: ", "number", "[1]")),
+        ("score.gates.lambdas={heads: -1}", (": score.gates.lambdas.heads: ", "greater", "-1")),
+        ("score.gates.lambdas={head: 1}", (": score.gates.lambdas.head", "'heads'", "head")),
+        ("data.mean=[0.5]", (": data.mean: ", "more than 1 values", "[0.5]")),
         ("nonsense", ("'nonsense'", "key=value")),
     ],
 )
