@@ -29,7 +29,7 @@ def by_hand(backbone, seed=0, rotated=False) -> LayerLatencies:
     rng = np.random.default_rng(seed)
     tables = []
     for name, (_, dims) in timed_layers(model, space, nn.Module.__call__).items():
-        grid = tuple(grid_of(space.dimensions[d].kind, space.sizes[d]) for d in dims)
+        grid = tuple(grid_of(space.dimensions[d]) for d in dims)
         times = rng.uniform(0.05, 0.2, [len(sizes) for sizes in grid])
         for axis in range(times.ndim):
             times = times.cumsum(axis=axis)

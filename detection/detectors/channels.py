@@ -321,7 +321,7 @@ def _named(
     known = [watch.tensors.get(id(m)) for m in maps]
     return Channels(
         {
-            name: Dimension(name, "channels", watch.sizes[root] // per[root], None, (), False)
+            name: Dimension(name, "channels", watch.sizes[root] // per[root], None, (), False, channels=per[root])
             for root, name in names.items()
         },
         {key: place for key, place in found.items() if place is not None},

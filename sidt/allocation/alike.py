@@ -143,7 +143,7 @@ def _numbers(
     for (kind, stage), members in groups.items():
         whole = min(dimensions[i].size for i in members)
         may = all(dimensions[i].name in free for i in members) and (kind, stage) not in frozen
-        step = 1 if kind == "heads" else round_to
+        step = dimensions[members[0]].step(round_to)
         label = f"{kind}.{'.'.join(map(str, stage))}".rstrip(".")
         # Of q/k whose units are pairs of rows, half as many are as large as v.
         even = kind == "head size" and all(dimensions[i].size % whole == 0 for i in members)

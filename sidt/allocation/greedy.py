@@ -37,7 +37,8 @@ class Rules:
         freeze: dimensions that may not, as shell patterns: ``heads.0``, ``*.11``, ``hidden.*``.
         min_units: the least units of every dimension; with 0, heads and mlp may go to none and their sublayer with
             them, the others keep one.
-        round_to: sizes of qk, v, mlp and width become multiples of this, or stay whole; heads are counted singly.
+        round_to: sizes of qk, v, mlp and width, and the channels outside a backbone, become multiples of this, or stay
+            whole; heads are counted singly.
         uniform: whether all blocks (of a stage) get the same sizes, with q/k as large as v, and a width as wide as its
             heads together where the constructor makes it so. Then no sublayer goes.
 
@@ -168,11 +169,11 @@ def uniform(space: DimensionSpace, budget: Budget) -> DimensionPlan:
     return DimensionPlan(space, keep)
 
 
-def _next_size(size: int, rules: Rules, kind: Kind) -> int:
+def _next_size(dimension: Dimension, size: int, rules: Rules) -> int:
     """The next smaller size that the rules allow; ``size`` itself at the least one."""
-    step = 1 if kind == "heads" else rules.round_to
+    step = dimension.step(rules.round_to)
     smaller = (size - 1) // step * step
-    return smaller if smaller >= max(rules.min_units, kind not in VANISHING) else size
+    return smaller if smaller >= max(rules.min_units, dimension.kind not in VANISHING) else size
 
 
 class _Allocation:
@@ -198,7 +199,7 @@ class _Allocation:
         self.order = {n: np.argsort(-s, axis=-1, kind="stable") for n, s in self.scores.items()}  # best first
         # Score of the units beyond each size: lost[size] for plain dimensions, [parent, size] below a parent.
         self.lost = {n: _lost(s) for n, s in self.scores.items()}
-        self.target = np.array([_next_size(d.size, rules, d.kind) for d in self.dims], dtype=np.int64)
+        self.target = np.array([_next_size(d, d.size, rules) for d in self.dims], dtype=np.int64)
         self.target[~self.free] = self.size[~self.free]
         self.loss = np.array([self._loss(i) for i in range(len(self.dims))])
         self.saved = costs.savings(self.size, self.target, np.arange(len(self.dims)))
@@ -230,7 +231,7 @@ class _Allocation:
         self.size[i] = size
         for j in [i, *self.children[self.dims[i].name]]:
             if self.free[j]:
-                self.target[j] = _next_size(int(self.size[j]), self.rules, self.dims[j].kind)
+                self.target[j] = _next_size(self.dims[j], int(self.size[j]), self.rules)
                 self.loss[j] = self._loss(j)
         # Costs are linear in a dimension alone: its own saving changes only with its step.
         stale = self.coupled[i]
@@ -288,7 +289,7 @@ class _Allocation:
 
     def _larger(self, i: int) -> int:
         dimension = self.dims[i]
-        step = 1 if dimension.kind == "heads" else self.rules.round_to
+        step = dimension.step(self.rules.round_to)
         return min(dimension.size, (int(self.size[i]) // step + 1) * step)
 
     def _check_reachable(self, budget: Budget, bounded: list[int], limit: Array) -> None:
@@ -301,7 +302,7 @@ class _Allocation:
             )
         least = self.size.copy()
         for i, dimension in enumerate(self.dims):
-            while self.free[i] and (smaller := _next_size(int(least[i]), self.rules, dimension.kind)) < least[i]:
+            while self.free[i] and (smaller := _next_size(dimension, int(least[i]), self.rules)) < least[i]:
                 least[i] = smaller
         reachable = self.costs.of(least)
         for k, bound in zip(bounded, limit, strict=True):

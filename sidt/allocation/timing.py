@@ -201,7 +201,7 @@ def measure_layers(
 
 
 def _grid(space: DimensionSpace, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    return tuple(grid_of(d.kind, d.size, fixed=d.fixed) for d in (space.dimensions[n] for n in names))
+    return tuple(grid_of(space.dimensions[name]) for name in names)
 
 
 def _points(

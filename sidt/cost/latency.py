@@ -20,7 +20,7 @@ from sidt.cost.complexity import PlanCosts
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
 from sidt.space.axes import Array
-from sidt.space.space import VANISHING, DimensionSpace
+from sidt.space.space import VANISHING, Dimension, DimensionSpace
 
 Float = npt.NDArray[np.float64]
 
@@ -62,7 +62,7 @@ class LayerTable:
         times = self.smooth()
         for axis, name in enumerate(next(iter(self.layers.values()))):
             dimension = space.dimensions[name]
-            step = 1 if dimension.kind == "heads" else STEP
+            step = dimension.step(STEP)
             sizes = np.minimum(np.arange(-(-dimension.size // step) + 1) * step, dimension.size)
             grid = self.grid[axis]
             if dimension.kind in VANISHING and grid[0]:
@@ -120,7 +120,7 @@ class LayerLatencies:
 
     def _steps(self, sizes: Array) -> Array:
         """The positions of sizes along the axes of the tables."""
-        steps = np.array([1 if d.kind == "heads" else STEP for d in self.space.dimensions.values()], dtype=np.int64)
+        steps = np.array([d.step(STEP) for d in self.space.dimensions.values()], dtype=np.int64)
         return -(-sizes.astype(np.int64) // steps)
 
     @property
@@ -244,10 +244,10 @@ class TimedPlanCosts(PlanCosts):
         return super().coupled() | self._latencies.coupled()
 
 
-def grid_of(kind: str, size: int, *, fixed: bool = False) -> tuple[int, ...]:
-    """The sizes of a dimension that are timed: from the least to the dense one, multiples of :data:`STEP`."""
-    step = 1 if kind == "heads" else STEP
-    if fixed or size <= step:
+def grid_of(dimension: Dimension) -> tuple[int, ...]:
+    """The sizes of a dimension that are timed: from the least to the dense one, channels by multiples of ``STEP``."""
+    step, size, kind = dimension.step(STEP), dimension.size, dimension.kind
+    if dimension.fixed or size <= step:
         return (size,)
     wanted = size * (
         np.array([0.25, 0.5, 1]) if kind in ("width", "channels") else np.linspace(0, 1, 9 if kind == "mlp" else 3)

@@ -5,6 +5,7 @@ family of backbones (:mod:`sidt.space.axes`), and is bound here to one model: ev
 line or be in a module that stays whole, and every dimension must have one size.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ class Dimension:
         fixed: whether it must stay whole.
         ordered: whether its units stand in order, as after a rotation: a plan keeps the first ones.
         normed: whether a norm inside its sublayer takes statistics over its units, in which those that go are zeros.
+        channels: the channels of a unit: those of a GroupNorm's group, otherwise one.
     """
 
     name: str
@@ -47,6 +49,11 @@ class Dimension:
     fixed: bool
     ordered: bool = False
     normed: bool = False
+    channels: int = 1
+
+    def step(self, multiple: int) -> int:
+        """The units that go at a time so that what is left are multiples of some channels; heads go singly."""
+        return 1 if self.kind == "heads" else multiple // math.gcd(multiple, self.channels)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sidt.cost.clock import whereabouts
 from sidt.cost.complexity import PlanCosts
 from sidt.cost.latency import STEP, LayerLatencies, LayerTable, TimedPlanCosts, differences, grid_of, load_latencies
 from sidt.space.families import INNER_KINDS
+from sidt.space.space import Dimension
 
 
 @cache
@@ -53,7 +54,7 @@ def test_the_points_of_the_grid_are_exact(backbone):
 
 def test_sizes_between_the_points_lie_between():
     latencies = by_hand(VIT_TINY)
-    sizes, hidden = latencies.space.sizes, grid_of("mlp", 768)
+    sizes, hidden = latencies.space.sizes, grid_of(latencies.space.dimensions["hidden.0"])
     low, middle, high = (latencies.milliseconds(sizes | {"hidden.0": s}) for s in (hidden[3], 320, hidden[4]))
     assert hidden[3] < 320 < hidden[4]
     share = (320 - hidden[3]) / (hidden[4] - hidden[3])
@@ -203,8 +204,15 @@ def test_the_cost_is_said_first_and_the_whole_is_more_than_its_layers():
     ],
 )
 def test_grids(kind, size, grid):
-    assert grid_of(kind, size) == grid
-    assert grid_of(kind, size, fixed=True) == (size,)
+    assert grid_of(Dimension("x", kind, size, None, (), False)) == grid
+    assert grid_of(Dimension("x", kind, size, None, (), True)) == (size,)
+
+
+@pytest.mark.parametrize(("channels", "grid"), [(1, (8, 16)), (4, (4, 8, 16)), (6, (4, 8, 16)), (8, (4, 8, 16))])
+def test_groups_go_so_that_channels_are_multiples(channels, grid):
+    groups = Dimension("neck", "channels", 16, None, (), False, channels=channels)
+    assert grid_of(groups) == grid
+    assert all(n * channels % STEP == 0 for n in grid)
 
 
 # --- allocation ---------------------------------------------------------------------------------------------------
@@ -237,7 +245,7 @@ def test_the_budget_is_used_and_more_of_it_keeps_more(backbone):
         sizes = allocate(scores, Budget(latency=share), latencies=latencies).sizes
         times.append(latencies.milliseconds(sizes) / latencies.dense_ms)
         for name, dimension in latencies.space.dimensions.items():
-            step = 1 if dimension.kind == "heads" else STEP
+            step = dimension.step(STEP)
             larger = min(dimension.size, (sizes[name] // step + 1) * step)
             if larger > sizes[name]:  # nothing more would have fitted
                 assert latencies.milliseconds(sizes | {name: larger}) > share * latencies.dense_ms

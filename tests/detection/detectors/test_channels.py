@@ -8,7 +8,7 @@ import pytest
 import torch
 from backbones import random_plan, shake
 from mmengine.config import Config
-from small_heads import CLS, MODELS_OF, REG, SIZE, channels, made, outputs, same, tensors
+from small_heads import CLS, FPN_CHANNELS, MODELS_OF, REG, SIZE, TOWER_CHANNELS, channels, made, outputs, same, tensors
 from torch import nn
 from torch.testing import assert_close
 
@@ -64,6 +64,15 @@ def test_predicted_is_counted(name):
     seen = parts(detector_space(sliced, followed(config, plan), SIZE)).values()
     assert predicted == [sum(row.params for row in seen), sum(row.macs for row in seen)]
     assert predicted[0] == sum(p.numel() for p in sliced.parameters())
+
+
+def test_groups_go_so_that_channels_stay_round():
+    detector, _, space = made("ATSS")
+    plan = allocate(criteria.random(detector, space=whole(space)), Budget(macs=0.45), round_to=8)
+    left = {name: plan.sizes[name] for name in TOWER_CHANNELS}
+    assert {space.dimensions[name].channels for name in left} == {4}
+    assert set(left.values()) <= {2, 4} and 2 in left.values()  # groups of four channels
+    assert all(plan.sizes[name] % 8 == 0 for name in FPN_CHANNELS)
 
 
 def followed(config, plan):
