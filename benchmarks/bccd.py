@@ -54,6 +54,7 @@ from sidt.allocation.greedy import allocate
 from sidt.cost.budget import Budget
 from sidt.cost.clock import time_in_turn
 from sidt.detection.data.sources import source_of
+from sidt.detection.detectors.backbones import searchable
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
 from sidt.detection.detectors.space import detector_space, parts, predict
 from sidt.detection.runs import pipeline
@@ -99,7 +100,11 @@ def ways_of(detector: Any, config: Config, batches: list[Any], size: tuple[int, 
             share = budget.params if budget.params is not None else budget.macs
             given = _setting(detector, batches, size, kind, float(share or 0))
             twin = copy.deepcopy(detector)
-            twin.backbone = method(given)[0].to(next(detector.parameters()).device)
+            made = method(given)[0].to(next(detector.parameters()).device)
+            if searchable(twin.backbone)[0]:  # a model of timm, in a backbone that is no more than its maps
+                twin.backbone.model = made
+            else:
+                twin.backbone = made
             return twin
 
         return make
@@ -120,8 +125,15 @@ def ways_of(detector: Any, config: Config, batches: list[Any], size: tuple[int, 
 def _setting(detector: Any, batches: list[Any], size: tuple[int, int, int], kind: str, share: float) -> OfDetector:
     twin = copy.deepcopy(detector).cpu().eval()
     data: Any = None  # neither trains, and neither chooses by held-out images
-    space = space_for(twin.backbone, size)
-    return OfDetector(twin.backbone, space, data, kind, share, 0, SCORE_IMAGES, Path(), batches, twin)
+    dense = searchable(twin.backbone)[1]
+    return OfDetector(dense, space_for(dense, size), data, kind, share, 0, SCORE_IMAGES, Path(), batches, twin)
+
+
+def out_of_reach(error: RivalError | InputError) -> str:
+    """What a method says of a budget that it cannot meet, which is a result; any other error is none."""
+    if isinstance(error, InputError) and "cannot be met" not in str(error):
+        raise error
+    return str(error)
 
 
 def open_seed(config: Path, seed: int, folder: Path, data: Path, epochs: int | None) -> DetectionRun:
@@ -164,8 +176,8 @@ def untrained(run: DetectionRun, seed: int, only: str) -> None:
             for share in SHARES:
                 try:
                     found += curve(config, [way(Budget(**{kind: share}))])
-                except (RivalError, InputError) as error:  # what cannot be reached is a result
-                    click.echo(f"{name}, {share:.0%} of the {kind}: {error}")
+                except (RivalError, InputError) as error:
+                    click.echo(f"{name}, {share:.0%} of the {kind}: {out_of_reach(error)}")
                     found.append(None)
             write_json(file, found)
             click.echo(f"seed {seed}, {name}, {kind}: {[_percent(ap) for ap in found]}")
@@ -181,8 +193,8 @@ def of_the_whole(run: DetectionRun, seed: int, only: str) -> None:
                 continue
             try:
                 small = way(Budget(**{kind: share}))
-            except InputError as error:  # what cannot be reached is a result
-                click.echo(f"{name}, {share:.0%}: {error}")
+            except InputError as error:
+                click.echo(f"{name}, {share:.0%}: {out_of_reach(error)}")
                 write_json(place / "row.json", None)
                 continue
             ap = curve(config, [small])[0]

@@ -170,7 +170,9 @@ def family_of(model: "nn.Module", *places: Path) -> Family:
             f"{', '.join(map(str, places))} is for {', '.join(known) or 'no class'}, and this model is {name}; "
             f"list its class under models"
         )
+    alike = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     raise InputError(
-        f"no search space for {name}; write one into the folder search_spaces/ (CONTRIBUTING.md shows how), or give "
-        f"one of your own (--space FILE, {SPACES}), or use one of: {', '.join(sorted(known))}"
+        f"no search space for {name}; draft one (`sidt spaces MODEL --draft FILE`) and give it (--space FILE, "
+        f"{SPACES}), or use one of the {len(known)} classes that `sidt spaces` lists"
+        + (f", such as {', '.join(sorted(alike))}" if alike else "")
     )
