@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sidt.cost.complexity import PlanCosts
 from sidt.space.axes import Array, views
 from sidt.space.plan import DimensionPlan
-from sidt.space.space import Dimension, DimensionSpace
+from sidt.space.space import Dimension, DimensionSpace, space_for
 from sidt.surgery.compensation import readers
+from sidt.surgery.heads import with_head
 from sidt.surgery.moments import Moments, Rows, measure_moments, watching
 from sidt.surgery.rotation import fold_norms
 from sidt.surgery.slicing import is_bilinear, slice_model
@@ -161,7 +162,8 @@ def prediction(covariance: Tensor, kept: Array, samples: int) -> Tensor:
 
 def logit_moments(model: nn.Module, moments: Moments) -> dict[str, tuple[Tensor, Tensor]]:
     """``E[q q^T]`` and ``E[k k^T]``, [heads, size, size], of every q/k dimension that CORP can prune."""
-    space, folded = moments.space, copy.deepcopy(model)
+    headed, space = with_head(model, space_for(model, moments.space.trace.input_size))  # as the moments are measured
+    folded = copy.deepcopy(headed)
     fold_norms(folded, space)  # the moments are of what the norms give without scale and shift
 
     def moment_of(name: str, weight: Stretch, bias: Stretch | None) -> Tensor:
