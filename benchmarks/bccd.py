@@ -56,6 +56,7 @@ from sidt.cost.clock import time_in_turn
 from sidt.detection.data.sources import source_of
 from sidt.detection.detectors.backbones import searchable
 from sidt.detection.detectors.checkpoints import CONFIG, load_detector, save_detector
+from sidt.detection.detectors.pyramid import only_layers
 from sidt.detection.detectors.space import detector_space, parts, predict
 from sidt.detection.runs import pipeline
 from sidt.detection.runs.folder import DetectionRun, input_size, open_run
@@ -219,13 +220,13 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
         way, kind, share = row
         made = ways[f"{way} {WHOLE}" if kind == WHOLE else way] if way != DENSE else None
         small = detector if made is None else made(Budget(**{"macs" if kind == WHOLE else kind: share}))
-        save_detector(
-            copy.deepcopy(small).cpu(), config, place / "sliced", source_of(config, "train_dataloader").classes
-        )
+        rotated = way == OURS and kind != WHOLE  # then a pyramid may have one layer more
+        own = only_layers(detector, config)[1] if rotated else config
+        save_detector(copy.deepcopy(small).cpu(), own, place / "sliced", source_of(config, "train_dataloader").classes)
         if not (place / "dense").exists():
             shutil.copytree(run.folder / "dense", place / "dense")  # the teacher
-        own = DetectionRun(place, run.config, run.settings, run.options, run.data_root)
-        click.echo(f"seed {seed}, {name_of(*row)}: {pipeline.finetune(own, teacher=way != DENSE)}")
+        part = DetectionRun(place, run.config, run.settings, run.options, run.data_root)
+        click.echo(f"seed {seed}, {name_of(*row)}: {pipeline.finetune(part, teacher=way != DENSE)}")
         size = input_size(run)
         found = {
             step: pipeline.evaluate_detector(where, config, size, per_class=True, latency=False)
