@@ -50,7 +50,7 @@ def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config
         if first["type"] == "missing" and isinstance(first["loc"][-1], int):
             message = f"Input should have more than {first['loc'][-1]} values"
         elif first["type"] == "missing":
-            place, message, seen = (*place, first["loc"][-1]), f"missing; known here: {_known(model, place)}", ""
+            message, seen = f"missing; known here: {_known(model, place[:-1])}", ""
         elif first["type"] == "extra_forbidden":
             message = f"unknown key; known here: {_known(model, place[:-1])}"
         elif first["type"] == "model_type":
@@ -60,7 +60,7 @@ def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config
 
 
 def _place(values: Any, wrong: Any) -> tuple[int | str, ...]:
-    """The part of an error's path that is in the values: the rest names forms that a value may have."""
+    """The part of an error's path that is of keys: the rest names forms that a value may have."""
     place = []
     for part in wrong["loc"]:
         try:
@@ -68,7 +68,8 @@ def _place(values: Any, wrong: Any) -> tuple[int | str, ...]:
         except (TypeError, KeyError, IndexError):
             continue
         place.append(part)
-    return tuple(place)
+    key = wrong["loc"][-1:] if wrong["type"] == "missing" and isinstance(values, Mapping) else ()
+    return (*place, *key)
 
 
 def _known(model: type[BaseModel], where: tuple[int | str, ...]) -> str:
