@@ -172,7 +172,7 @@ def family_of(model: "nn.Module", *places: Path) -> Family:
         )
     alike = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     raise InputError(
-        f"no search space for {name}; draft one (`sidt spaces MODEL --draft FILE`) and give it (--space FILE, "
-        f"{SPACES}), or use one of the {len(known)} classes that `sidt spaces` lists"
-        + (f", such as {', '.join(sorted(alike))}" if alike else "")
+        f"no search space for {name}; write a file for it (`sidt spaces MODEL --draft FILE` drafts one, "
+        f"CONTRIBUTING.md shows how) and give it by --space FILE or {SPACES}, or use one of the {len(known)} classes "
+        "that `sidt spaces` lists" + (f", such as {', '.join(sorted(alike))}" if alike else "")
     )

@@ -211,7 +211,7 @@ def test_mistakes_of_arguments(mistake, config, tmp_path):
     mistake("search", tmp_path / "nowhere.yaml", says=["nowhere.yaml", "neither"])
     mistake("search", tmp_path, says=["no run folder"])
     mistake("spaces", "vit_enormous", says=["vit_enormous"])
-    mistake("spaces", "resnet18", says=["no search space", "ResNet", "search_spaces/"])
+    mistake("spaces", "resnet18", says=["no search space", "ResNet", "--draft", "`sidt spaces` lists"])
     mistake("complexity", "vit_tiny_patch16_224", "--input", "224", says=["224"])
     mistake("complexity", "vit_tiny_patch16_224", "--by", "layer", says=["layer"])
     mistake("complexity", "vit_tiny_patch16_224", "--input", "3x8x8", says=["3x8x8"])

@@ -123,7 +123,7 @@ def test_a_users_own_file(described):
 
 
 def test_a_model_without_a_space(refused):
-    with refused("resnet.ResNet", "search_spaces/", "CONTRIBUTING.md", "VisionTransformer"):
+    with refused("resnet.ResNet", "--draft FILE", "CONTRIBUTING.md", "SIDT_SPACES"):
         space_for(timm.create_model("resnet18"))
 
 

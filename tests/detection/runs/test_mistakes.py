@@ -58,7 +58,7 @@ def test_a_backbone_without_a_space_is_refused(tmp_path, data, refused):
         "model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, out_indices=(1, 2)),"
         " neck=dict(in_channels=[128, 256]))\n"
     )
-    with refused("ResNet", "search_spaces"):
+    with refused("no search space", "ResNet"):
         pipeline.train_dense(opened(path, data, tmp_path / "run"))
     assert not (tmp_path / "run" / "data").exists()
 
