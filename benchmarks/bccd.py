@@ -219,7 +219,11 @@ def tuned(run: DetectionRun, seed: int, only: str) -> None:
             continue
         way, kind, share = row
         made = ways[f"{way} {WHOLE}" if kind == WHOLE else way] if way != DENSE else None
-        small = detector if made is None else made(Budget(**{"macs" if kind == WHOLE else kind: share}))
+        try:
+            small = detector if made is None else made(Budget(**{"macs" if kind == WHOLE else kind: share}))
+        except InputError as error:
+            click.echo(f"{name_of(*row)}: {out_of_reach(error)}")
+            continue
         rotated = way == OURS and kind != WHOLE  # then a pyramid may have one layer more
         own = only_layers(detector, config)[1] if rotated else config
         save_detector(copy.deepcopy(small).cpu(), own, place / "sliced", source_of(config, "train_dataloader").classes)

@@ -49,10 +49,9 @@ def parse(model: type[Config], values: Mapping[str, Any], source: str) -> Config
         message, seen = first["msg"].removeprefix("Value error, "), f" (got {first['input']!r})"
         if first["type"] == "missing" and isinstance(first["loc"][-1], int):
             message = f"Input should have more than {first['loc'][-1]} values"
-        elif first["type"] == "missing":
-            message, seen = f"missing; known here: {_known(model, place[:-1])}", ""
-        elif first["type"] == "extra_forbidden":
-            message = f"unknown key; known here: {_known(model, place[:-1])}"
+        elif (what := {"missing": "missing", "extra_forbidden": "unknown key"}.get(first["type"])) is not None:
+            message = f"{what}; known here: {_known(model, place[:-1])}"
+            seen = "" if first["type"] == "missing" else seen
         elif first["type"] == "model_type":
             message = f"Input should be a mapping with keys of {_known(model, place)}"
         key = ".".join(map(str, place)) or "the whole"
