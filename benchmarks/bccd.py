@@ -251,9 +251,9 @@ def _percent(ap: float | None) -> str:
 def latencies(run: DetectionRun) -> dict[str, float]:
     """Milliseconds of whole detectors on this CPU, one image, timed in turn."""
     size, calls = input_size(run), dict[str, Callable[[], None]]()
-    for row in (row for row in finished([run.folder]) if row[0] in (DENSE, OURS)):
-        detector = load_detector(run.folder / "rows" / plain(name_of(*row)))[0].eval()
-        calls[name_of(*row)] = partial(_infer, detector, torch.randn(1, *size))
+    for name in (name for name in finished([run.folder]) if name.startswith((DENSE, OURS))):
+        detector = load_detector(run.folder / "rows" / plain(name))[0].eval()
+        calls[name] = partial(_infer, detector, torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
 
 
@@ -271,6 +271,21 @@ def _infer(detector: nn.Module, images: Tensor) -> None:
     predict(detector, images)
 
 
+def put_back(known: dict[str, Any], folder: Path) -> None:
+    """Rows of an earlier results file as files of a seed's folder, where it has none: no weights, but what they gave."""
+    files = {f"curves/{name}.json": row for name, row in known.get("curves", {}).items()}
+    files |= {
+        f"{kept}/{name}/row.json": row
+        for kept in ("rows", WHOLE, SEARCHED)
+        for name, row in known.get(kept, {}).items()
+    }
+    if "dense" in known:
+        files[SCORES] = known["dense"]
+    for name, row in files.items():
+        if not (folder / name).is_file():
+            write_json(folder / name, row)
+
+
 # What is done with a dense detector, by name.
 STEPS: dict[str, Callable[[DetectionRun, int, str], None]] = {
     "untrained": untrained,
@@ -282,7 +297,7 @@ _WHAT = {"bccd_swin.py": "a small Swin", "bccd_vit.py": "a small plain ViT with 
 
 
 def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float], whole_times: dict[str, float]) -> str:
-    """The results as tables; what was not measured with every seed is left out."""
+    """The results as tables; what was not measured with every seed says so."""
     of_all = whole_table(folders, whole_times) if whole_times else ""
     trials = search_table(folders)
     paragraphs = [
@@ -327,6 +342,7 @@ def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float],
 @click.option("--only", default="", help="Rows whose name holds this; for all steps but train and write.")
 @click.option("--epochs", type=int, help="Of every training, to try the benchmark.")
 @click.option("--where", type=click.Path(path_type=Path), help="A file with the environment of the trainings.")
+@click.option("--earlier", type=click.Path(exists=True, path_type=Path), help="Results to add to, whose runs are gone.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/bccd, or bccd_vit.")
 def main(
     data: Path,
@@ -337,12 +353,16 @@ def main(
     only: str,
     epochs: int | None,
     where: Path | None,
+    earlier: Path | None,
     out: Path | None,
 ) -> None:
     """Run some steps of all seeds, then write the results."""
     wanted, numbers = steps.split(","), [int(seed) for seed in seeds.split(",")]
     config, runs = CONFIGS / f"bccd_{backbone}.py", runs or Path("runs") / f"bccd_{backbone}"
     folders = [runs / f"seed-{seed}" for seed in numbers]
+    known = {} if earlier is None else read_json(earlier)["results"]
+    for folder in folders:
+        put_back(known.get("seeds", {}).get(folder.name, {}), folder)
     for seed, folder in zip(numbers, folders, strict=True):
         run = open_seed(config, seed, folder, data, epochs)
         if "train" in wanted:
@@ -357,11 +377,14 @@ def main(
     own = "" if backbone == "swin" else f" --backbone {backbone}"
     here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}{own}"}
     first = open_seed(config, numbers[0], folders[0], data, epochs)
-    times = latencies(first) if finished(folders) else {}
-    whole_times = whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
+    times = known.get("ms") or (latencies(first) if finished(folders) else {})
+    whole_times = known.get("ms of the whole") or (
+        whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
+    )
     text = text_of(config.name, seeds, folders, times, whole_times)
     facts = {
         folder.name: {
+            "dense": read_json(folder / SCORES),
             "curves": {f.stem: read_json(f) for f in sorted((folder / "curves").glob("*.json"))},
             **{
                 kept: {f.parent.name: read_json(f) for f in sorted((folder / kept).glob("*/row.json"))}

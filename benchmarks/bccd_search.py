@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from bccd_tables import KINDS, SHARES, name_of, plain
+from bccd_tables import KINDS, SHARES, measured, name_of, plain
 
 from detection import spread
 from sidt.detection.runs import pipeline
@@ -46,19 +46,18 @@ def searched(run: DetectionRun, seed: int, only: str) -> None:
 
 
 def search_table(folders: list[Path]) -> str:
-    """Held-out and test AP of what was searched with every seed; empty if nothing was."""
+    """Held-out and test AP of what was searched; empty if nothing was."""
     lines = []
     for kind, share in _ROWS:
-        files = [_place(folder, kind, share) / "row.json" for folder in folders]
-        if not all(file.is_file() for file in files):
+        found, seeds = measured(folders, f"{SEARCHED}/{plain(name_of(SEARCHED, kind, share))}")
+        if not found:
             continue
-        found = [read_json(file) for file in files]
         own = [row["search"] for row in found]
         gains = [row["gain"]["found"] - row["gain"]["plain"] for row in own]
         errors = ", ".join(f"{100 * row['gain']['error']:.1f}" for row in own)
         lines.append(
             [
-                f"{share:.0%} of the {KINDS[kind]}",
+                f"{share:.0%} of the {KINDS[kind]}{seeds}",
                 *(spread([row[key] for row in own]) for key in ("plain", "best")),
                 f"{100 * np.mean(gains):+.1f}, errors {errors}",
                 *(spread([row["test"][step]["AP"] for row in found]) for step in ("sliced", "fine-tuned")),

@@ -1,6 +1,7 @@
 """The rows of benchmarks/bccd.py: what is measured, what it is called, and the tables of it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ TUNED = [
     *((way, "params", 0.1) for way in (TAYLOR, "L2", "random")),
     (OURS, WHOLE, 0.15),
 ]
+_TRAINED = [(DENSE, "params", 1.0), *TUNED]
 
 
 def name_of(way: str, kind: str, share: float) -> str:
@@ -39,10 +41,16 @@ def place_of(way: str, kind: str, share: float) -> str:
     return plain(f"{way} {share}" if kind == "macs" else f"{way} {kind} {share}")
 
 
-def finished(folders: list[Path]) -> list[tuple[str, str, float]]:
-    """The rows that are fine-tuned with every seed."""
-    rows = [(DENSE, "params", 1.0), *TUNED]
-    return [row for row in rows if all((f / "rows" / plain(name_of(*row)) / "row.json").is_file() for f in folders)]
+def measured(folders: list[Path], row: str) -> tuple[list[Any], str]:
+    """What there is of a row, and how many seeds it is of, where these are not all."""
+    found = [read_json(file) for folder in folders if (file := folder / row / "row.json").is_file()]
+    return found, "" if len(found) == len(folders) else f" ({len(found)} of {len(folders)} seeds)"
+
+
+def finished(folders: list[Path]) -> dict[str, tuple[list[Any], str]]:
+    """The rows that are fine-tuned with some seed, by name."""
+    rows = {name: measured(folders, f"rows/{plain(name)}") for name in (name_of(*row) for row in _TRAINED)}
+    return {name: row for name, row in rows.items() if row[0]}
 
 
 def dense_line(folders: list[Path]) -> str:
@@ -112,19 +120,18 @@ def fast_table(folders: list[Path]) -> str:
 def tuned_table(folders: list[Path], times: dict[str, float]) -> str:
     """Scores of the fine-tuned detectors."""
     lines = []
-    for row in finished(folders):
-        found = [read_json(folder / "rows" / plain(name_of(*row)) / "row.json") for folder in folders]
+    for name, (found, seeds) in finished(folders).items():
         after = [own["fine-tuned"]["bbox"] for own in found]
         first = found[0]["backbone"]
         lines.append(
             [
-                name_of(*row),
+                name + seeds,
                 spread([own["sliced"]["bbox"]["AP"] for own in found]),
                 *(spread([own[key] for own in after]) for key in ("AP", "AP50", "APs", "APm", "APl")),
-                *(spread([own["classes"][name] for own in after]) for name in after[0]["classes"]),
+                *(spread([own["classes"][each] for own in after]) for each in after[0]["classes"]),
                 first["params"],
                 first["macs"],
-                f"{times[name_of(*row)]:.1f}" if name_of(*row) in times else "-",
+                f"{times[name]:.1f}" if name in times else "-",
             ]
         )
     headers = ["backbone", "AP, sliced", "AP", "AP50", "APs", "APm", "APl", *after[0]["classes"]]

@@ -266,7 +266,7 @@ def test_saved_and_loaded_strictly_gives_the_same_output(backbone, which):
     assert same(run(fresh, backbone.images()), run(sliced, backbone.images()))
 
 
-@pytest.mark.parametrize("which", [0, "together"])
+@pytest.mark.parametrize("which", [0, pytest.param("together", marks=pytest.mark.slow)])
 def test_export_gives_the_same_output(backbone, which):
     _, sliced = sliced_by(backbone, which)
     images = backbone.images(1)

@@ -158,25 +158,26 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     """Search the plan within the budget."""
     check_storage(run.config.search.storage)
     made_of = provenance.inputs(run.folder, CHAIN, "search")
-    config, asked = run.config.search, question_of(run)
-    model, slicer = asked.model, asked.slicer
-    objective, fresh = objective_of(run, asked.held_out), objective_of(run, data_of(run.config.data).fresh)
-    begin = time.perf_counter()
-    dense = float(np.concatenate(list(objective(dense_model(run)))).mean())
-    judge = judged_by(run, dense_model(run))
-    once = time.perf_counter() - begin
-    limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
-    all_of_it = once * config.trials / (config.jobs * config.workers)
-    cost = f"about {once:.1f} s each or less, {all_of_it:.0f} s in all{limit}"
-    count = len(asked.held_out)  # type: ignore[arg-type]
-    say(f"search: {config.trials} trials of {count} held-out images, {cost}; Ctrl-C keeps what is finished")
-    latencies = layers_of(run, asked, say)
-    with helped(run):
+    config = run.config.search
+    with helped(run) as begin_all:
+        asked = question_of(run)
+        objective, fresh = objective_of(run, asked.held_out), objective_of(run, data_of(run.config.data).fresh)
+        begin = time.perf_counter()
+        dense = float(np.concatenate(list(objective(dense_model(run)))).mean())
+        judge = judged_by(run, dense_model(run))
+        once = time.perf_counter() - begin
+        limit = "" if config.timeout is None else f", {config.timeout:.0f} s at most"
+        all_of_it = once * config.trials / (config.jobs * config.workers)
+        cost = f"about {once:.1f} s each or less, {all_of_it:.0f} s in all{limit}"
+        count = len(asked.held_out)  # type: ignore[arg-type]
+        say(f"search: {config.trials} trials of {count} held-out images, {cost}; Ctrl-C keeps what is finished")
+        latencies = layers_of(run, asked, say)
+        begin_all()
         result = answer(run, asked, latencies)
     if config.workers > 1:  # what the others found last
         result = answer(run, asked, latencies)
     finished = [t for t in result.study.get_trials() if t.state.name == "COMPLETE"]  # stopped ones have values too
-    whole = on_dense(model, result.plan)
+    whole = on_dense(asked.model, result.plan)
     whole.save(run.folder / PLAN)
     found = {
         "budget": str(run.config.budget.value()),
@@ -195,13 +196,13 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     }
     write_json(run.folder / SEARCH, found)
     provenance.record(run.folder, CHAIN, "search", made_of)  # whatever happens now, the plan is there
-    gain = gain_on(fresh, slicer(result.plain), slicer(result.plan))
+    gain = gain_on(fresh, asked.slicer(result.plain), asked.slicer(result.plan))
     verdict = _says(gain, judge)
     write_json(run.folder / SEARCH, found | {"gain": asdict(gain) | {"says": verdict}})
     small, full = report(whole.space, whole.sizes), report(space_of(run.config, dense_model(run)))
     kept = f"{small.params / full.params:.2%} of the parameters, {small.macs / full.macs:.2%} of the MACs"
     if latencies is not None:
-        of = "" if hasattr(model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
+        of = "" if hasattr(asked.model, "sidt_plan") else f" of {latencies.dense_ms:.2f}"
         kept += f", {latencies.milliseconds(result.plan.sizes):.2f}{of} ms by the layer table"
     early = f", {result.pruned} of them stopped early" if result.pruned else ""
     ended = f"{len(finished) + result.pruned} trials{early}"

@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -92,20 +93,32 @@ def answer(run: Run, asked: Question, latencies: LayerLatencies | None, worker: 
 
 
 @contextmanager
-def helped(run: Run) -> Iterator[None]:
-    """While the block searches, so do other processes on this machine: ``search.workers`` in all, alike in threads.
+def helped(run: Run) -> Iterator[Callable[[], None]]:
+    """While the block runs, so do other processes on this machine: ``search.workers`` in all, alike in threads.
 
-    One that dies costs the trial that it was at, which the others try again.
+    They load what they need while the block prepares, and search from when it calls what it is given; where it times
+    layers first, they only start then. One that dies costs the trial that it was at, which the others try again.
     """
     count, threads = run.config.search.workers, torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
-    share = max(1, threads // count)
-    helpers = [context.Process(target=_help, args=(run, i, share), daemon=True) for i in range(1, count)]
-    torch.set_num_threads(share)
-    try:
+    share, begun = max(1, threads // count), context.Event()
+    helpers = [context.Process(target=_help, args=(run, i, share, begun), daemon=True) for i in range(1, count)]
+    timed = run.config.budget.value().latency is not None
+
+    def start() -> None:
         for helper in helpers:
             helper.start()
-        yield
+
+    def begin() -> None:
+        torch.set_num_threads(share)
+        if timed:
+            start()
+        begun.set()
+
+    try:
+        if not timed:
+            start()
+        yield begin
         for helper in helpers:
             helper.join()
     finally:
@@ -116,10 +129,13 @@ def helped(run: Run) -> Iterator[None]:
                 helper.join()
 
 
-def _help(run: Run, worker: int, threads: int) -> None:
+def _help(run: Run, worker: int, threads: int, begun: Event) -> None:
     torch.set_num_threads(threads)
     try:
         asked = question_of(run)
+        while not begun.wait(1):
+            if not multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
+                return
         answer(run, asked, layers_of(run, asked, lambda text: None), worker)
     except KeyboardInterrupt:  # the first process says it
         raise SystemExit(0) from None

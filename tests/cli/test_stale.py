@@ -13,6 +13,7 @@ def copy(finished, tmp_path):
     return tmp_path / "r"
 
 
+@pytest.mark.slow
 def test_every_later_step_names_the_step_to_run_again(copy, sidt_command, mistake):
     before = (copy / "evaluation.json").read_bytes()
     assert sidt_command("train", copy, "--set", "train.epochs=2")[0] == 0
