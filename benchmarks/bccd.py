@@ -272,7 +272,7 @@ def _infer(detector: nn.Module, images: Tensor) -> None:
 
 
 def put_back(known: dict[str, Any], folder: Path) -> None:
-    """Rows of an earlier results file as files of a seed's folder, where it has none: no weights, but what they gave."""
+    """Rows of an earlier results file as files of a seed's folder that has none: not weights, but what they gave."""
     files = {f"curves/{name}.json": row for name, row in known.get("curves", {}).items()}
     files |= {
         f"{kept}/{name}/row.json": row
