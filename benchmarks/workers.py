@@ -5,7 +5,8 @@
 DIR and FILE are those of classification.py. One run is scored; the same number of trials is then searched in copies of
 it, in turn: by one worker with one thread, by one with all cores, and by two that share them. Each is a command
 as it is typed, timed from its start to its end, which holds the loading of the model and the check of the best trials
-on fresh images; of the study's own times, from the start of its first trial to the end of its last one.
+on fresh images; of the study's own times, from the start of its first trial to the end of its last one. What is tried
+differs, and how much of it is stopped early, so that the parts of the held-out images that were judged are counted.
 """
 
 import os
@@ -24,6 +25,7 @@ import optuna
 from results import environment, write_results
 
 from sidt.report.tables import table
+from sidt.runs.quality import PARTS
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "classification" / "cifar100_vit.yaml"
@@ -42,8 +44,8 @@ def sidt(*args: object, **own: str) -> float:
     return time.perf_counter() - begin
 
 
-def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping[str, str]) -> tuple[float, float]:
-    """Seconds of a search of so many trials in a copy of a scored run: of the command, and of the trials."""
+def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping[str, str]) -> tuple[float, float, int]:
+    """Seconds of a search of so many trials in a copy of a scored run: of the command, of the trials; parts judged."""
     shutil.copytree(scored, folder)
     seconds = sidt("search", folder, "--trials", trials, "--workers", workers, **own)
     storage = f"sqlite:///{folder / 'study.db'}"
@@ -53,7 +55,7 @@ def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping
         raise click.ClickException(f"{folder} has {len(done)} finished trials of {trials}")
     ends = [t.datetime_complete for t in done if t.datetime_complete]
     starts = [t.datetime_start for t in done if t.datetime_start]
-    return seconds, (max(ends) - min(starts)).total_seconds()
+    return seconds, (max(ends) - min(starts)).total_seconds(), sum(len(t.intermediate_values) for t in done)
 
 
 @click.command()
@@ -65,7 +67,7 @@ def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping
 def main(root: Path, weights: Path, trials: int, rounds: int, out: Path) -> None:
     """Measure each way in turn, several times; the medians are the results."""
     where = environment()
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[tuple[float, float, int]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         scored = Path(name) / "scored"
         values = [f"data.root={root.resolve()}", f"model.checkpoint={weights.resolve()}"]
@@ -79,15 +81,17 @@ def main(root: Path, weights: Path, trials: int, rounds: int, out: Path) -> None
                 folder = Path(name) / f"{workers}-{len(own)}-{round_}"
                 found[way].append(searched(Path(name) / "first", folder, trials, workers, own))
                 click.echo(f"{way}: {found[way][-1][0]:.1f} s, of which trials {found[way][-1][1]:.1f} s", err=True)
-    medians = {way: np.median(np.array(times), axis=0) for way, times in found.items()}
-    slowest = medians["one worker, one thread"]
+    medians = {way: [float(np.median(each)) for each in zip(*rows, strict=True)] for way, rows in found.items()}
+    rates = {way: parts / of_trials for way, (_, of_trials, parts) in medians.items()}
+    slowest, rate = medians["one worker, one thread"], rates["one worker, one thread"]
     rows: list[list[Any]] = [
-        [way, f"{command:.1f}", f"{of_trials:.1f}", f"{slowest[0] / command:.2f}", f"{slowest[1] / of_trials:.2f}"]
-        for way, (command, of_trials) in medians.items()
+        [way, f"{command:.1f}", f"{of_trials:.1f}", f"{slowest[1] / of_trials:.2f}", parts, f"{rates[way] / rate:.2f}"]
+        for way, (command, of_trials, parts) in medians.items()
     ]
-    headers = ["", "command, s", "trials, s", "times as fast", "trials, times as fast"]
+    headers = ["", "command, s", "trials, s", "times as fast", "parts judged", "parts a second, times as many"]
     text = (
-        f"{trials} trials of {CONFIG.name} with repair, on its held-out images; medians of {rounds} rounds in turn.\n\n"
+        f"{trials} trials of {CONFIG.name} with repair, on its held-out images; medians of {rounds} rounds in turn. A "
+        f"trial judges {PARTS} parts of the images, or fewer where it is stopped early.\n\n"
         + table(headers, rows, "md")
     )
     click.echo(text)
