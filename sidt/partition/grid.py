@@ -67,10 +67,18 @@ class Grid:
             found.append((ends[0], ends[1]) if strip else (0, 0))
         return tuple(found)
 
+    @cached_property
+    def _strips(self) -> dict[Span, list[int]]:
+        found: dict[Span, list[int]] = {}
+        for index, cell in enumerate(self.cells):
+            if not cell.empty:
+                found.setdefault(cell.rows, []).append(index)
+        return found
+
     def strip(self, index: int) -> list[int]:
         """The devices that have the rows of one of them, with it; none if its cell is empty."""
         cell = self.cells[index]
-        return [i for i, c in enumerate(self.cells) if not c.empty and c.rows == cell.rows] if not cell.empty else []
+        return [] if cell.empty else self._strips[cell.rows]
 
     def macs(self, index: int) -> float:
         """Multiply-adds of one device."""

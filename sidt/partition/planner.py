@@ -16,9 +16,10 @@ its sublayers, ``max over devices (load / capacity + bytes / bandwidth)``, and g
 Memory is that of the parameters; activations are not counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from heapq import heapify, heappop, heapreplace
 from itertools import combinations
 from math import inf
 from typing import Any
@@ -243,8 +244,12 @@ def _lent(sublayer: Sublayer, fair: Sequence[int], left: Sequence[float]) -> tup
 def _cells(sublayer: Sublayer, devices: tuple[Device, ...], allowed: tuple[int, ...]) -> tuple[Cell, ...]:
     """The cells of one sublayer: strips are merged two by two, and the fastest arrangement on the way is taken."""
 
+    @cache  # arrangements share all strips but one
+    def strip(members: tuple[int, ...]) -> tuple[list[int], float]:
+        return _strip(sublayer, devices, allowed, members)
+
     def judged(strips: tuple[tuple[int, ...], ...]) -> tuple[float, int, tuple[tuple[int, ...], ...], Grid | None]:
-        grid = _arranged(sublayer, devices, allowed, strips)
+        grid = _arranged(sublayer, len(devices), {members: strip(members) for members in strips})
         nearest = max((have for s in strips if (have := sum(allowed[i] for i in s)) < sublayer.units), default=0)
         return (inf if grid is None else grid.seconds(devices)), -nearest, strips, grid
 
@@ -260,41 +265,41 @@ def _cells(sublayer: Sublayer, devices: tuple[Device, ...], allowed: tuple[int, 
     return best[3].cells
 
 
-def _arranged(
-    sublayer: Sublayer, devices: Sequence[Device], allowed: Sequence[int], strips: Sequence[Sequence[int]]
-) -> Grid | None:
-    """The grid of some strips; one whose devices may not have all units gets no row. ``None`` if none may."""
-    widths, speeds = [0] * len(devices), []
-    for strip in strips:
-        if sum(allowed[i] for i in strip) < sublayer.units:
-            speeds.append(0.0)
-            continue
-        given = _dealt(sublayer.units, [devices[i].capacity for i in strip], [allowed[i] for i in strip])
-        for index, width in zip(strip, given, strict=True):
-            widths[index] = width
-        speeds.append(1 / _row_seconds(sublayer, devices, widths, strip))
+def _strip(
+    sublayer: Sublayer, devices: Sequence[Device], allowed: Sequence[int], members: Sequence[int]
+) -> tuple[list[int], float]:
+    """The units of each member of a strip, and how many rows it does a second: none if it may not have all units."""
+    if sum(allowed[i] for i in members) < sublayer.units:
+        return [0] * len(members), 0.0
+    widths = _dealt(sublayer.units, [devices[i].capacity for i in members], [allowed[i] for i in members])
+    return widths, 1 / _row_seconds(sublayer, devices, widths, members)
+
+
+def _arranged(sublayer: Sublayer, count: int, strips: Mapping[tuple[int, ...], tuple[list[int], float]]) -> Grid | None:
+    """The grid of some strips over all devices; one without speed gets no row. ``None`` if none has any."""
+    speeds = [speed for _, speed in strips.values()]
     if not any(speeds):
         return None
-    cells, row = [Cell()] * len(devices), 0
-    for strip, height in zip(strips, _dealt(sublayer.rows, speeds), strict=True):
+    cells, row = [Cell()] * count, 0
+    for (members, (widths, _)), height in zip(strips.items(), _dealt(sublayer.rows, speeds), strict=True):
         unit = 0
-        for index in strip:
-            if height and widths[index]:
-                cells[index] = Cell((row, row + height), (unit, unit + widths[index]))
-            unit += widths[index]
+        for index, width in zip(members, widths, strict=True):
+            if height and width:
+                cells[index] = Cell((row, row + height), (unit, unit + width))
+            unit += width
         row += height
     return Grid(sublayer, tuple(cells))
 
 
-def _row_seconds(sublayer: Sublayer, devices: Sequence[Device], widths: Sequence[int], strip: Sequence[int]) -> float:
-    """Seconds that one more row takes a strip."""
-    members = [i for i in strip if widths[i]]
-    count = len(members)
+def _row_seconds(sublayer: Sublayer, devices: Sequence[Device], widths: Sequence[int], members: Sequence[int]) -> float:
+    """Seconds that one more row takes a strip of some devices, each with so many units."""
+    taking = [(devices[i], width) for i, width in zip(members, widths, strict=True) if width]
+    count = len(taking)
     rows_moved = 2 + (len(devices) - 4) / count if len(devices) > 1 else 0.0  # see Grid.moved: of one row
     return max(
-        (widths[i] * sublayer.unit_macs + sublayer.shared_macs) / devices[i].capacity
-        + max(rows_moved, 0.0) * sublayer.row_bytes / devices[i].link
-        for i in members
+        (width * sublayer.unit_macs + sublayer.shared_macs) / device.capacity
+        + max(rows_moved, 0.0) * sublayer.row_bytes / device.link
+        for device, width in taking
     )
 
 
@@ -303,7 +308,13 @@ def _dealt(count: int, speeds: Sequence[float], most: Sequence[int] | None = Non
     caps = [count if speed else 0 for speed in speeds] if most is None else most
     total = sum(speed for speed, cap in zip(speeds, caps, strict=True) if cap)
     given = [min(int(count * s / total), cap) for s, cap in zip(speeds, caps, strict=True)]
+    ends = [((have + 1) / speeds[i], i) for i, have in enumerate(given) if have < caps[i]]
+    heapify(ends)
     for _ in range(count - sum(given)):
-        free = [i for i in range(len(given)) if given[i] < caps[i]]
-        given[min(free, key=lambda i: (given[i] + 1) / speeds[i])] += 1
+        first = ends[0][1]
+        given[first] += 1
+        if given[first] < caps[first]:
+            heapreplace(ends, ((given[first] + 1) / speeds[first], first))
+        else:
+            heappop(ends)
     return given
