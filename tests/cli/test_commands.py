@@ -59,7 +59,8 @@ def test_steps_are_rerunnable_and_resume(finished, sidt_command):
 
 
 @pytest.mark.slow
-def test_workers_search_together(finished, sidt_command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("budget", [(), ("--budget.latency", "1s")], ids=["at once", "after layers are timed"])
+def test_workers_search_together(finished, sidt_command, monkeypatch, tmp_path, budget):
     """The first call of the first worker does nothing, so that what is there afterwards is the other's."""
     folder, calls = tmp_path / "run", []
     shutil.copytree(finished, folder)
@@ -75,7 +76,7 @@ def test_workers_search_together(finished, sidt_command, monkeypatch, tmp_path):
         return search(run, asked, latencies)
 
     monkeypatch.setattr(pipeline, "answer", answer)
-    code, out, err = sidt_command("search", folder, "--trials", 4, "--workers", 2)
+    code, out, err = sidt_command("search", folder, "--trials", 4, "--workers", 2, *budget)
     assert code == 0 and "after 4 trials" in out, err
     assert len(calls) == 2
     assert "workers: 1" in (folder / "config.yaml").read_text()  # how many is of the one call
