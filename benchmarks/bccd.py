@@ -252,8 +252,9 @@ def latencies(run: DetectionRun) -> dict[str, float]:
     """Milliseconds of whole detectors on this CPU, one image, timed in turn."""
     size, calls = input_size(run), dict[str, Callable[[], None]]()
     for name in (name for name in finished([run.folder]) if name.startswith((DENSE, OURS))):
-        detector = load_detector(run.folder / "rows" / plain(name))[0].eval()
-        calls[name] = partial(_infer, detector, torch.randn(1, *size))
+        place = run.folder / "rows" / plain(name)
+        if (place / CONFIG).is_file():
+            calls[name] = partial(_infer, load_detector(place)[0].eval(), torch.randn(1, *size))
     return time_in_turn(calls, rounds=9, seconds=120)
 
 
@@ -299,7 +300,7 @@ _WHAT = {"bccd_swin.py": "a small Swin", "bccd_vit.py": "a small plain ViT with 
 def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float], whole_times: dict[str, float]) -> str:
     """The results as tables; what was not measured with every seed says so."""
     of_all = whole_table(folders, whole_times) if whole_times else ""
-    trials = search_table(folders)
+    trials, curves = search_table(folders), any((folders[0] / "curves").glob("*"))
     paragraphs = [
         f"{name}: {_WHAT[name]} and ATSS, trained from random weights on BCCD's 292 training images but those "
         "that are held out, tested on its 72 test images. COCO box AP in percent, mean +- standard deviation over the "
@@ -308,8 +309,7 @@ def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float],
         "cuts the width too, and repairs; Taylor of each parameter is what Torch-Pruning ranks by, on the same "
         "dimensions but the width; CORP and VBP are made from their formulas, on the backbone. '-': a method cannot "
         "get that small.",
-        "Without training:",
-        *(untrained_table(folders, kind) for kind in KINDS),
+        *(["Without training:", *(untrained_table(folders, kind) for kind in KINDS)] if curves else []),
         dense_line(folders),
         "Without training, where the budget is that of the whole detector: with the channels of neck and head as "
         f"dimensions, and without. Dense: {whole_times['dense']:.1f} ms, of the first seed, as all here."
@@ -322,7 +322,7 @@ def text_of(name: str, seeds: str, folders: list[Path], times: dict[str, float],
         else "",
         fast_table(folders) if of_all else "",
         "Fine-tuned for the config's 12 epochs, the sliced ones with the dense detector as teacher. Latency: the whole "
-        "detector of the first seed, one image of 320 x 240 on this machine's CPU, all in turn.",
+        "detector of one seed, one image of 320 x 240 on this machine's CPU, all in turn.",
         tuned_table(folders, times) if times else "None yet.",
         f"A search of {TRIALS} trials by AP on the held-out images, then fine-tuned alike; the gain over the plain "
         "ranking is on as many fresh images, with the standard error of each seed's:"
@@ -376,11 +376,12 @@ def main(
         return
     own = "" if backbone == "swin" else f" --backbone {backbone}"
     here = environment() | {"command": f"python benchmarks/bccd.py --data DIR --seeds {seeds}{own}"}
-    first = open_seed(config, numbers[0], folders[0], data, epochs)
-    times = known.get("ms") or (latencies(first) if finished(folders) else {})
-    whole_times = known.get("ms of the whole") or (
-        whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else {}
-    )
+    there = [f for f in zip(numbers, folders, strict=True) if (f[1] / "rows" / plain(DENSE) / CONFIG).is_file()]
+    times, whole_times = known.get("ms", {}), known.get("ms of the whole", {})
+    if there:
+        first = open_seed(config, *there[0], data, epochs)
+        times = latencies(first)
+        whole_times = whole_latencies(first) if all((f / WHOLE).is_dir() for f in folders) else whole_times
     text = text_of(config.name, seeds, folders, times, whole_times)
     facts = {
         folder.name: {
