@@ -19,7 +19,7 @@ from sidt.space.finding import use_spaces
 from sidt.training.devices import resolve_device
 
 # Settings of a call that do not stay with the run: where and how long a step works is no part of what the run is.
-OF_A_CALL = ("device", "timeout", "trials", "storage")
+OF_A_CALL = ("device", "timeout", "trials", "workers", "storage")
 PLAN, SEARCH, EVALUATION = "search/plan.json", "search/search.json", "evaluation.json"
 CHAIN = Chain(
     "sidt detect",

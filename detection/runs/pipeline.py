@@ -20,13 +20,9 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from torch import nn
 
-from sidt.allocation.greedy import Rules
 from sidt.allocation.storage import check_storage
 from sidt.allocation.study import gain_on
-from sidt.allocation.study import search as optuna_search
-from sidt.allocation.timing import latencies_for
 from sidt.detection.data.images import naming_images
 from sidt.detection.data.sources import check_classes, source_of, with_data
 from sidt.detection.detectors.checkpoints import (
@@ -34,12 +30,10 @@ from sidt.detection.detectors.checkpoints import (
     load_detector,
     load_weights,
     save_detector,
-    weights_digest,
     weights_in,
 )
 from sidt.detection.detectors.configs import build_detector
-from sidt.detection.detectors.pyramid import only_layers
-from sidt.detection.detectors.space import detector_space, parts, predict, run_backbone, time_detector, whole
+from sidt.detection.detectors.space import detector_space, parts, time_detector
 from sidt.detection.runs.data import TEST, TRAIN, check_source, checked, split_data
 from sidt.detection.runs.folder import (
     CHAIN,
@@ -52,36 +46,20 @@ from sidt.detection.runs.folder import (
     input_size,
     open_detector,
 )
-from sidt.detection.runs.objective import (
-    Batches,
-    Say,
-    aligned_detector,
-    batch_size,
-    images_of,
-    measured_scores,
-    named,
-    objective,
-    says,
-    shown,
-)
+from sidt.detection.runs.objective import Say, says, shown
 from sidt.detection.runs.pictures import draw_side_by_side
-from sidt.detection.runs.settings import Settings, TeacherSettings
+from sidt.detection.runs.searching import answer, help_to_answer, question_of
+from sidt.detection.runs.settings import TeacherSettings
 from sidt.detection.training.evaluation import results_table, test
 from sidt.detection.training.loop import join, prepared, train
 from sidt.detection.training.loss import detector_loss
 from sidt.errors import InputError
 from sidt.files import read_json, write_json
-from sidt.importance.scores import Importance, load_importance
 from sidt.report.tables import Format
 from sidt.runs import provenance
-from sidt.space.families import KINDS
-from sidt.space.space import DimensionSpace
-from sidt.surgery.compensation import compensate, refit_width
-from sidt.surgery.slicing import slice_model
+from sidt.runs.workers import helped
+from sidt.surgery.compensation import refit_width
 from sidt.training.devices import resolve_device
-
-_FOLDS = 10  # groups of fresh images whose APs tell how sure a difference is
-
 
 # --- steps ---------------------------------------------------------------------------------------------------------
 
@@ -123,57 +101,25 @@ def search(run: DetectionRun, say: Say) -> str:
     check_storage(settings.storage)
     existing(run, "dense", "search CONFIG --checkpoint FILE` or `sidt detect train CONFIG")
     made_of = provenance.inputs(run.folder, CHAIN, "search")
-    detector, config = open_detector(run, run.folder / "dense")
-    original = load_detector(run.folder / "dense")[1]
-    if _rotates(settings):
-        detector, config, original = *only_layers(detector, config), only_layers(detector, original)[1]
-    source = checked(run, detector, TRAIN)
-    split = split_data(run, source)
-    space = detector_space(detector, config.model, input_size(run), outside=settings.on == "detector")
-    _check_width(space, settings)
-    space = whole(space) if settings.on == "detector" else space
-    detector.to(resolve_device(settings.device))
-    config = with_data(config, TRAIN, split["rest"])
-    images, slicer = images_of(config, settings), partial(slice_model, detector)
-    if settings.repair:
-        read = partial(images, batch_size(config))
-        base, moments = aligned_detector(detector, space, read, run.folder / "base", _made_of(run))
-        detector, slicer, space = base, partial(compensate, base, moments=moments), moments.space
-    scores = _scores(run, detector, config, space, images, say)
-    rules = Rules(settings.searched, settings.freeze, settings.min_units, settings.round_to)
-    forward = predict if settings.on == "detector" else run_backbone
-    budget, layers = settings.budget.value(), run.folder / "latency" / settings.on
-    latencies = latencies_for(layers, detector, scores, budget, rules, say, forward=forward)
-    held = len(read_json(split["holdout"])["images"])
-    judge = objective(config, settings, source, split["holdout"], None)
-    fresh = objective(config, settings, source, split["fresh"], min(_FOLDS, held))
-    begin = time.perf_counter()
-    dense_value = float(np.mean(judge(detector)))
-    seconds = time.perf_counter() - begin
-    of = f"{named(settings)} on {held} held-out training images"
-    say(f"dense: {shown(settings, dense_value)} ({of}); {settings.trials} trials, about {seconds:.0f} s each")
-    result = optuna_search(
-        detector,
-        scores,
-        budget,
-        judge,
-        trials=settings.trials,
-        timeout=settings.timeout,
-        seed=settings.seed,
-        rules=rules,
-        latencies=latencies,
-        slicer=slicer,
-        storage=settings.storage or f"sqlite:///{(run.folder / 'study.db').resolve()}",
-        label=f"{of}, seed {settings.seed}, repair {settings.repair}, "
-        f"budget of the {settings.on} at {space.trace.input_size}",
-    )
+    with helped(partial(help_to_answer, run), settings.workers, at_once=False) as begin_all:
+        asked = question_of(run, say)
+        fresh = asked.fresh()  # what is wrong with these images is said before hours of trials
+        begin = time.perf_counter()
+        dense_value = float(np.mean(asked.judge(asked.detector)))
+        seconds = time.perf_counter() - begin
+        value = f"{shown(settings, dense_value)} ({asked.judged_by})"
+        say(f"dense: {value}; {settings.trials} trials, about {seconds:.0f} s each")
+        begin_all()
+        result = answer(run, asked)
+    if settings.workers > 1:  # what the others found last
+        result = answer(run, asked)
     result.plan.save(run.folder / PLAN)
-    full, small = parts(space), parts(space, result.plan.sizes)
+    full, small = parts(asked.space), parts(asked.space, result.plan.sizes)
     values = [trial.values[0] for trial in result.study.trials if trial.state.name == "COMPLETE"]
     found = {
-        "budget": str(budget),
+        "budget": str(settings.budget.value()),
         "on": settings.on,
-        "objective": of,
+        "objective": asked.judged_by,
         "dense": dense_value,
         "plain": result.plain_value,
         "best": result.value,
@@ -187,12 +133,12 @@ def search(run: DetectionRun, say: Say) -> str:
         "settings": settings.model_dump(mode="json"),
     }
     write_json(run.folder / SEARCH, found)
-    sliced = slicer(result.plan)
+    sliced = asked.slicer(result.plan)
     if settings.repair and "width" in (settings.kinds or ()):
-        sliced = refit_width(detector, sliced, result.plan, images(1), forward=detector_loss)
-    save_detector(sliced, original, run.folder / "sliced", source.classes)
+        sliced = refit_width(asked.detector, sliced, result.plan, asked.images(1), forward=detector_loss)
+    save_detector(sliced, asked.original, run.folder / "sliced", asked.source.classes)
     provenance.record(run.folder, CHAIN, "search", made_of)  # whatever happens now, plan and detector are there
-    gain = gain_on(fresh, slicer(result.plain), slicer(result.plan))
+    gain = gain_on(fresh, asked.slicer(result.plain), asked.slicer(result.plan))
     verdict = says(settings, gain)
     judged = {"plain": gain.plain, "found": gain.found, "error": gain.error, "says": verdict}
     write_json(run.folder / SEARCH, found | {"gain": judged})
@@ -308,43 +254,3 @@ def draw(run: DetectionRun, images: int) -> str:
     with naming_images(run.config, TEST):
         draw_side_by_side(opened, files, source.classes, run.folder / "detections.png")
     return f"boxes in {len(files)} test images -> {run.folder / 'detections.png'}"
-
-
-# --- what the steps share ------------------------------------------------------------------------------------------
-
-
-def _rotates(settings: Settings) -> bool:
-    """Whether the width may be cut by its directions, for a layer more in a neck that is not counted."""
-    timed = settings.budget is not None and settings.budget.latency is not None
-    wanted = "width" in (KINDS if settings.searched is None else settings.searched)
-    return settings.repair and settings.on == "backbone" and wanted and not timed
-
-
-def _check_width(space: DimensionSpace, settings: Settings) -> None:
-    widths = [d for d in space.dimensions.values() if d.kind == "width"]
-    if "width" in (settings.kinds or ()) and widths and all(d.fixed for d in widths):
-        raise InputError("the width cannot be searched: the neck does not say how it reads the maps (in_channels)")
-
-
-def _made_of(run: DetectionRun) -> dict[str, Any]:
-    """What scores and moments depend on, whichever score it is."""
-    weights = weights_digest(run.folder / "dense" / WEIGHTS)
-    made_of = {"images": run.settings.score_images, "seed": run.settings.seed, "detector": weights}
-    return made_of | ({"on": "detector"} if run.settings.on == "detector" else {})
-
-
-def _scores(
-    run: DetectionRun, detector: nn.Module, config: Config, space: DimensionSpace, images: Batches, say: Say
-) -> Importance:
-    """The scores, measured once for the same detector and settings: a search that goes on needs the very same."""
-    settings, path, note = run.settings, run.folder / "scores.safetensors", run.folder / "scores.json"
-    made_of = _made_of(run) | {"score": settings.score, "repair": settings.repair, "rotated": space.rotated()}
-    if settings.score == "gates":
-        made_of |= {"gates": settings.gates.model_dump(mode="json"), "kinds": list(settings.searched or ())}
-    if path.is_file() and note.is_file() and read_json(note) == made_of:
-        return load_importance(path, space)
-    scores = measured_scores(detector, config, settings, space, images, say)
-    note.unlink(missing_ok=True)  # between the two files, neither counts
-    scores.save(path)
-    write_json(note, made_of)
-    return load_importance(path, space)

@@ -60,6 +60,7 @@ class Settings(BaseModel):
         objective: what a trial is judged by on the held-out images: COCO box AP, or the detector's loss.
         trials: finished trials in all.
         timeout: seconds after which no new trial starts.
+        workers: processes of this machine that search together, each with its share of the threads.
         storage: Optuna storage URL; None: SQLite in the run folder.
         kinds: the kinds of dimensions that are searched; None: see :class:`sidt.allocation.Rules`.
         freeze: patterns of dimensions that stay whole.
@@ -86,6 +87,7 @@ class Settings(BaseModel):
     objective: Literal["ap", "loss"] = "ap"
     trials: int = Field(default=20, ge=1)
     timeout: float | None = Field(default=None, gt=0)
+    workers: int = Field(default=1, ge=1)
     storage: str | None = None
     kinds: tuple[Kind, ...] | None = None
     freeze: tuple[str, ...] = ()

@@ -102,7 +102,6 @@ _add_step("report", "outcome", "write_report", "Write report.md with its plots, 
 @_STEP
 @budgeted
 @TRIALS
-@click.option("--workers", type=int, help="Processes that search together, each with its share of the cores.")
 @click.option("--pareto", is_flag=True, default=None, help="The curve over all budgets, not the budget's alone.")
 def search(
     budget: dict[str, Any] | None,

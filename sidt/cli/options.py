@@ -39,6 +39,7 @@ SET = click.option(
 TRIALS = together(
     click.option("--trials", type=int, help="Finished trials in all; of this call alone."),
     click.option("--timeout", type=float, help="Seconds after which no new trial starts."),
+    click.option("--workers", type=int, help="Processes that search together, each with its share of the cores."),
     click.option("--seed", type=int, help="Of Optuna's sampler and of what is drawn at random."),
     click.option(
         "--storage", help="Optuna storage URL, also postgresql+psycopg:// or journal:///; default: SQLite in the run."

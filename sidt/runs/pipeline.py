@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ from sidt.runs.quality import (
     objective_of,
     says_of,
 )
-from sidt.runs.searching import answer, helped, layers_of, question_of
+from sidt.runs.searching import answer, help_to_answer, layers_of, question_of
+from sidt.runs.workers import helped
 from sidt.space.plan import DimensionPlan
 from sidt.surgery.compensation import refit_width
 from sidt.surgery.heads import with_classes
@@ -159,7 +161,8 @@ def search(run: Run, say: Callable[[str], None]) -> str:
     check_storage(run.config.search.storage)
     made_of = provenance.inputs(run.folder, CHAIN, "search")
     config = run.config.search
-    with helped(run) as begin_all:
+    timed = run.config.budget.value().latency is not None
+    with helped(partial(help_to_answer, run), config.workers, at_once=not timed) as begin_all:
         asked = question_of(run)
         objective, fresh = objective_of(run, asked.held_out), objective_of(run, data_of(run.config.data).fresh)
         begin = time.perf_counter()

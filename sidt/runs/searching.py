@@ -1,13 +1,9 @@
-"""The study of a run, and the processes of this machine that work on it together."""
+"""The study of a run."""
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -16,7 +12,6 @@ from sidt.allocation.study import search as optuna_search
 from sidt.allocation.timing import latencies_for
 from sidt.cost.budget import Budget
 from sidt.cost.latency import LayerLatencies
-from sidt.errors import InputError
 from sidt.files import read_json
 from sidt.importance.scores import Importance, load_importance
 from sidt.runs.base import budget_left, latency_folder, moments_of, rules_of, slicer_of
@@ -24,8 +19,7 @@ from sidt.runs.folder import SEARCH, Run, base_model, existing
 from sidt.runs.images import held_out_images
 from sidt.runs.models import space_of
 from sidt.runs.quality import objective_of
-
-_SEEDS = 1_000_003  # between the seeds of workers, which would draw the same otherwise
+from sidt.runs.workers import seed_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def answer(run: Run, asked: Question, latencies: LayerLatencies | None, worker: 
         objective_of(run, asked.held_out),
         trials=config.trials,
         timeout=config.timeout,
-        seed=run.config.seed + _SEEDS * worker,
+        seed=seed_of(worker, run.config.seed),
         sampler=config.sampler,
         rules=rules_of(run.config),
         latencies=latencies,
@@ -92,52 +86,8 @@ def answer(run: Run, asked: Question, latencies: LayerLatencies | None, worker: 
     )
 
 
-@contextmanager
-def helped(run: Run) -> Iterator[Callable[[], None]]:
-    """While the block runs, so do other processes on this machine: ``search.workers`` in all, alike in threads.
-
-    They load what they need while the block prepares, and search from when it calls what it is given; where it times
-    layers first, they only start then. One that dies costs the trial that it was at, which the others try again.
-    """
-    count, threads = run.config.search.workers, torch.get_num_threads()
-    context = multiprocessing.get_context("spawn")
-    share, begun = max(1, threads // count), context.Event()
-    helpers = [context.Process(target=_help, args=(run, i, share, begun), daemon=True) for i in range(1, count)]
-    timed = run.config.budget.value().latency is not None
-
-    def start() -> None:
-        for helper in helpers:
-            helper.start()
-
-    def begin() -> None:
-        torch.set_num_threads(share)
-        if timed:
-            start()
-        begun.set()
-
-    try:
-        if not timed:
-            start()
-        yield begin
-        for helper in helpers:
-            helper.join()
-    finally:
-        torch.set_num_threads(threads)
-        for helper in helpers:
-            if helper.pid is not None:
-                helper.terminate()
-                helper.join()
-
-
-def _help(run: Run, worker: int, threads: int, begun: Event) -> None:
-    torch.set_num_threads(threads)
-    try:
-        asked = question_of(run)
-        while not begun.wait(1):
-            if not multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
-                return
-        answer(run, asked, layers_of(run, asked, lambda text: None), worker)
-    except KeyboardInterrupt:  # the first process says it
-        raise SystemExit(0) from None
-    except InputError as error:
-        raise SystemExit(f"worker {worker + 1}: {error}") from None
+def help_to_answer(run: Run, worker: int, wait: Callable[[], None]) -> None:
+    """What one more process does for a run's search; see :func:`sidt.runs.workers.helped`."""
+    asked = question_of(run)
+    wait()
+    answer(run, asked, layers_of(run, asked, lambda text: None), worker)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import optuna
 import pytest
 import torch
 from click.testing import CliRunner
@@ -199,6 +200,30 @@ def test_a_search_goes_on_with_the_same_scores_and_trials(run, tmp_path):
     assert after["values"][:2] == before["values"] and len(after["values"]) == 3
     assert not any("scores" in line for line in said)  # they were not measured again
     assert load_detector(folder / "sliced")[0].sidt_rotated == ("embed.1", "embed.2")  # base/ was read again
+
+
+@pytest.mark.slow
+def test_workers_search_together(run, tmp_path, monkeypatch):
+    """The first call of the first worker does nothing, so that what is there afterwards is the other's."""
+    folder, calls, said = tmp_path / "copy", [], []
+    shutil.copytree(run, folder)
+    (folder / "study.db").unlink()
+    search = pipeline.answer
+
+    def answer(run, asked):
+        calls.append(asked)
+        if len(calls) == 1:
+            return None
+        (study,) = optuna.get_all_study_summaries(f"sqlite:///{folder / 'study.db'}")
+        assert study.n_trials >= 3
+        return search(run, asked)
+
+    monkeypatch.setattr(pipeline, "answer", answer)
+    pipeline.search(open_run(folder, settings={"trials": 3, "workers": 2}), said.append)
+    assert len(calls) == 2 and not any("scores" in line for line in said)
+    found = json.loads((folder / "search" / "search.json").read_text())
+    assert len(found["values"]) + found["pruned"] == 3
+    assert open_run(folder).settings.workers == 1  # how many is of the one call
 
 
 @pytest.mark.slow
