@@ -364,9 +364,9 @@ def _open(storage: str | None, name: str, pareto: bool, first: list[dict[str, fl
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One progress bar instead of a log line for each trial."""
+    """One progress bar instead of a log line for each trial, and of a traceback for one that Ctrl-C ends."""
     level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:
