@@ -145,7 +145,7 @@ def answer(run: DetectionRun, asked: Question, worker: int = 0) -> SearchResult:
     )
 
 
-def help_to_answer(run: DetectionRun, worker: int, wait: Callable[[], None]) -> None:
+def help_to_answer(run: DetectionRun, worker: int, wait: Callable[[], object]) -> None:
     """What one more process does for a run's search; see :func:`sidt.runs.workers.helped`."""
     use_spaces(*run.settings.spaces)
     asked = question_of(run, lambda text: None)

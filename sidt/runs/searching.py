@@ -86,7 +86,7 @@ def answer(run: Run, asked: Question, latencies: LayerLatencies | None, worker: 
     )
 
 
-def help_to_answer(run: Run, worker: int, wait: Callable[[], None]) -> None:
+def help_to_answer(run: Run, worker: int, wait: Callable[[], object]) -> None:
     """What one more process does for a run's search; see :func:`sidt.runs.workers.helped`."""
     asked = question_of(run)
     wait()

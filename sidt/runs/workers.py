@@ -2,7 +2,9 @@
 
 import io
 import multiprocessing
+import os
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +15,7 @@ import torch
 from sidt.errors import InputError
 
 # What one of several processes does: it is given its number, and what waits until the trials begin.
-Work = Callable[[int, Callable[[], None]], None]
+Work = Callable[[int, Callable[[], object]], None]
 _SEEDS = 1_000_003  # between the seeds of workers, which would draw the same otherwise
 
 
@@ -27,7 +29,7 @@ def helped(work: Work, count: int, *, at_once: bool) -> Iterator[Callable[[], No
     """While the block runs, so do other processes: ``count`` in all, alike in threads.
 
     Their trials begin when the block calls what it is given. One that dies costs the trial that it was at, which the
-    others try again.
+    others try again; if this process dies, the others end.
 
     Args:
         work: what the others do; it is pickled.
@@ -64,19 +66,22 @@ def helped(work: Work, count: int, *, at_once: bool) -> Iterator[Callable[[], No
 
 
 def _help(pickled: bytes, worker: int, threads: int, begun: Event) -> None:
-    def wait() -> None:
-        while not begun.wait(1):
-            if not multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
-                raise SystemExit(0)
-
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         # What packages tell as they are imported, the first process has heard.
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             work: Work = pickle.loads(pickled)
-        work(worker, wait)
+        work(worker, begun.wait)
     except KeyboardInterrupt:  # the first process says it
         raise SystemExit(0) from None
     except InputError as error:
         raise SystemExit(f"worker {worker + 1}: {error}") from None
+
+
+def _end_with_the_first() -> None:
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()  # a killed one tells nobody
+    os._exit(1)
