@@ -61,8 +61,6 @@ from sidt.runs.workers import helped
 from sidt.surgery.compensation import refit_width
 from sidt.training.devices import resolve_device
 
-# --- steps ---------------------------------------------------------------------------------------------------------
-
 
 def train_dense(run: DetectionRun, options: Mapping[str, Any] | None = None, *, launcher: str = "none") -> str:
     """Train the dense detector as its config says, without the held-out images; the options are of this training."""

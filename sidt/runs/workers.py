@@ -32,13 +32,13 @@ def helped(work: Work, count: int, *, at_once: bool) -> Iterator[Callable[[], No
     others try again; if this process dies, the others end.
 
     Args:
-        work: what the others do; it is pickled.
+        work: what the others do; it is pickled if there are any.
         count: processes, this one included.
         at_once: whether they start with the block, and load what they need while it prepares; else with the trials,
             where the block measures what they read, or times.
     """
     threads, context = torch.get_num_threads(), multiprocessing.get_context("spawn")
-    share, begun, pickled = max(1, threads // count), context.Event(), pickle.dumps(work)
+    share, begun, pickled = max(1, threads // count), context.Event(), pickle.dumps(work) if count > 1 else b""
     helpers = [context.Process(target=_help, args=(pickled, i, share, begun), daemon=True) for i in range(1, count)]
 
     def start() -> None:
