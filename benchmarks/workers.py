@@ -1,12 +1,15 @@
 """How much sooner a search is done with two workers than with one, on one machine.
 
     python benchmarks/workers.py --data DIR --weights FILE
+    python benchmarks/workers.py --data DIR --detector RUN --out benchmarks/results/workers_detector
 
-DIR and FILE are those of classification.py. One run is scored; the same number of trials is then searched in copies of
-it, in turn: by one worker with one thread, by one with all cores, and by two that share them. Each is a command
-as it is typed, timed from its start to its end, which holds the loading of the model and the check of the best trials
-on fresh images; of the study's own times, from the start of its first trial to the end of its last one. What is tried
-differs, and how much of it is stopped early, so that the parts of the held-out images that were judged are counted.
+DIR and FILE are those of classification.py; RUN is a run folder of `sidt detect` with a dense detector, of whose
+backbone a tenth of the multiply-adds is searched, and DIR its images. One run is scored; the same number of trials is
+then searched in copies of it, in turn: by one worker with one thread, by one with all cores, and by two that share
+them. Each is a command as it is typed, timed from its start to its end, which holds the loading of the model and the
+check of the best trials on fresh images; of the study's own times, from the start of its first trial to the end of its
+last one. What is tried differs, and how much of it is stopped early, so that the parts of the held-out images that were
+judged are counted.
 """
 
 import os
@@ -44,10 +47,12 @@ def sidt(*args: object, **own: str) -> float:
     return time.perf_counter() - begin
 
 
-def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping[str, str]) -> tuple[float, float, int]:
+def searched(
+    step: tuple[object, ...], scored: Path, folder: Path, trials: int, workers: int, own: Mapping[str, str]
+) -> tuple[float, float, int]:
     """Seconds of a search of so many trials in a copy of a scored run: of the command, of the trials; parts judged."""
     shutil.copytree(scored, folder)
-    seconds = sidt("search", folder, "--trials", trials, "--workers", workers, **own)
+    seconds = sidt(*step, folder, "--trials", trials, "--workers", workers, **own)
     storage = f"sqlite:///{folder / 'study.db'}"
     (name,) = optuna.get_all_study_names(storage)
     done = [t for t in optuna.load_study(study_name=name, storage=storage).trials if t.state.is_finished()]
@@ -60,26 +65,35 @@ def searched(scored: Path, folder: Path, trials: int, workers: int, own: Mapping
 
 @click.command()
 @click.option("--data", "root", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--weights", type=click.Path(exists=True, path_type=Path))
+@click.option("--detector", type=click.Path(exists=True, path_type=Path))
 @click.option("--trials", default=32, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "workers", show_default=True)
-def main(root: Path, weights: Path, trials: int, rounds: int, out: Path) -> None:
+def main(root: Path, weights: Path | None, detector: Path | None, trials: int, rounds: int, out: Path) -> None:
     """Measure each way in turn, several times; the medians are the results."""
     where = environment()
     found: dict[str, list[tuple[float, float, int]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
-        scored = Path(name) / "scored"
-        values = [f"data.root={root.resolve()}", f"model.checkpoint={weights.resolve()}"]
-        sidt("train", CONFIG, "--out", scored, *(part for value in values for part in ("--set", value)))
-        sidt("score", scored)
-        searched(scored, Path(name) / "first", 1, 1, {})  # measures what all of them read
-        for study in (Path(name) / "first").glob("study.db*"):
+        scored, first = Path(name) / "scored", Path(name) / "first"
+        if detector is not None:
+            scored.mkdir()
+            shutil.copytree(detector / "dense", scored / "dense")
+            step: tuple[object, ...] = ("detect", "search", "--data-root", root.resolve(), "--budget.macs", 0.1)
+        elif weights is not None:
+            values = [f"data.root={root.resolve()}", f"model.checkpoint={weights.resolve()}"]
+            sidt("train", CONFIG, "--out", scored, *(part for value in values for part in ("--set", value)))
+            sidt("score", scored)
+            step = ("search",)
+        else:
+            raise click.UsageError("give --weights or --detector")
+        searched(step, scored, first, 1, 1, {})  # measures what all of them read
+        for study in first.glob("study.db*"):
             study.unlink()
         for round_ in range(rounds):
             for way, (workers, own) in WAYS.items():
                 folder = Path(name) / f"{workers}-{len(own)}-{round_}"
-                found[way].append(searched(Path(name) / "first", folder, trials, workers, own))
+                found[way].append(searched(step, first, folder, trials, workers, own))
                 click.echo(f"{way}: {found[way][-1][0]:.1f} s, of which trials {found[way][-1][1]:.1f} s", err=True)
     medians = {way: [float(np.median(each)) for each in zip(*rows, strict=True)] for way, rows in found.items()}
     rates = {way: parts / of_trials for way, (_, of_trials, parts) in medians.items()}
@@ -89,11 +103,12 @@ def main(root: Path, weights: Path, trials: int, rounds: int, out: Path) -> None
         for way, (command, of_trials, parts) in medians.items()
     ]
     headers = ["", "command, s", "trials, s", "times as fast", "parts judged", "parts a second, times as many"]
-    text = (
-        f"{trials} trials of {CONFIG.name} with repair, on its held-out images; medians of {rounds} rounds in turn. A "
-        f"trial judges {PARTS} parts of the images, or fewer where it is stopped early.\n\n"
-        + table(headers, rows, "md")
-    )
+    what = f"{CONFIG.name} with repair, on its held-out images"
+    judges = f"{PARTS} parts of the images, or fewer where it is stopped early"
+    if detector is not None:
+        what, judges = "a detector with repair, by its AP on the held-out images", "all of them at once"
+    text = f"{trials} trials of {what}; medians of {rounds} rounds in turn. A trial judges {judges}.\n\n"
+    text += table(headers, rows, "md")
     click.echo(text)
     write_results(out, "A search by several workers", where, text, {way: times for way, times in found.items()})
 
