@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from sidt.detection.data.sources import move_data
 from sidt.detection.detectors.configs import build_detector, input_size_of, read_config
 from sidt.detection.detectors.space import detector_space
-from sidt.detection.runs import pipeline
 from sidt.detection.runs.objective import images_of, measured_scores
 from sidt.detection.runs.settings import Settings
 from sidt.detection.training.gates import GateHook
@@ -191,4 +190,4 @@ def test_settings_give_scores_and_leave_the_detector(config, on):
 def test_a_runner_without_a_config_is_refused(refused):
     with refused("GateHook", "config"):
         GateHook(lambdas=1.0).before_run(SimpleNamespace(cfg={}))
-    assert pipeline.Settings(score="gates").gates.lambdas > 0
+    assert Settings(score="gates").gates.lambdas > 0
