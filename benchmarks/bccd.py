@@ -20,13 +20,14 @@ from typing import Any
 
 import click
 import torch
-from bccd_search import SEARCHED, TRIALS, search_table, searched
+from bccd_search import TRIALS, search_table, searched
 from bccd_tables import (
     DENSE,
     FAST,
     KINDS,
     OURS,
     SCORES,
+    SEARCHED,
     SHARES,
     TAYLOR,
     TUNED,
@@ -38,6 +39,7 @@ from bccd_tables import (
     name_of,
     place_of,
     plain,
+    put_back,
     tuned_table,
     untrained_table,
     whole_table,
@@ -270,21 +272,6 @@ def whole_latencies(run: DetectionRun) -> dict[str, float]:
 @torch.inference_mode()
 def _infer(detector: nn.Module, images: Tensor) -> None:
     predict(detector, images)
-
-
-def put_back(known: dict[str, Any], folder: Path) -> None:
-    """Rows of an earlier results file as files of a seed's folder that has none: not weights, but what they gave."""
-    files = {f"curves/{name}.json": row for name, row in known.get("curves", {}).items()}
-    files |= {
-        f"{kept}/{name}/row.json": row
-        for kept in ("rows", WHOLE, SEARCHED)
-        for name, row in known.get(kept, {}).items()
-    }
-    if "dense" in known:
-        files[SCORES] = known["dense"]
-    for name, row in files.items():
-        if not (folder / name).is_file():
-            write_json(folder / name, row)
 
 
 # What is done with a dense detector, by name.

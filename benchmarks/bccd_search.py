@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from bccd_tables import KINDS, SHARES, measured, name_of, plain
+from bccd_tables import KINDS, SEARCHED, SHARES, measured, name_of, plain
 
 from detection import spread
 from sidt.detection.runs import pipeline
@@ -16,7 +16,6 @@ from sidt.report.tables import table
 from sidt.runs.config import BudgetConfig
 
 TRIALS = 20
-SEARCHED = "search"
 _ROWS = [(kind, share) for kind in KINDS for share in SHARES]
 
 

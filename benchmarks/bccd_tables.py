@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from detection import spread
-from sidt.files import read_json
+from sidt.files import read_json, write_json
 from sidt.report.tables import table
 
 SHARES, KINDS = (0.4, 0.2, 0.1, 0.05), {"params": "parameters", "macs": "MACs"}
 WHOLE, WHOLE_SHARES = "whole", (0.5, 0.3, 0.2, 0.15, 0.12)  # the budget is the detector's
 FAST = (0.5, 0.4)  # of its latency
+SEARCHED = "search"
 SCORES = "dense.json"  # of the dense detector, in the folder of a seed
 OURS, TAYLOR = "SiDT", "Taylor of each parameter"
 DENSE = "dense, trained on as long"
@@ -51,6 +52,21 @@ def finished(folders: list[Path]) -> dict[str, tuple[list[Any], str]]:
     """The rows that are fine-tuned with some seed, by name."""
     rows = {name: measured(folders, f"rows/{plain(name)}") for name in (name_of(*row) for row in _TRAINED)}
     return {name: row for name, row in rows.items() if row[0]}
+
+
+def put_back(known: dict[str, Any], folder: Path) -> None:
+    """Rows of an earlier results file as files of a seed's folder that has none: not weights, but what they gave."""
+    files = {f"curves/{name}.json": row for name, row in known.get("curves", {}).items()}
+    files |= {
+        f"{kept}/{name}/row.json": row
+        for kept in ("rows", WHOLE, SEARCHED)
+        for name, row in known.get(kept, {}).items()
+    }
+    if "dense" in known:
+        files[SCORES] = known["dense"]
+    for name, row in files.items():
+        if not (folder / name).is_file():
+            write_json(folder / name, row)
 
 
 def dense_line(folders: list[Path]) -> str:

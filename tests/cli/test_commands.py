@@ -330,8 +330,6 @@ def test_plan_of_another_model(mistake, finished, tmp_path):
 
 
 def test_ctrl_c_keeps_finished_trials(finished, sidt_command, monkeypatch):
-    import optuna
-
     from sidt.runs import quality
 
     calls = []
